@@ -1,0 +1,75 @@
+"""Configuration: one frozen dataclass for each thing that can be configured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+from .errors import InputError
+
+SCANS = {2: ("four-direction", "single"), 3: ("tri-plane", "single-axis")}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of a ClinicalFMamba network; stored inside each checkpoint.
+
+    Source: Zhou and Khalvati, arXiv 2508.03008, section 2. Defaults are the paper's.
+
+    Attributes:
+        dimension: 2 for images, 3 for volumes.
+        channels: width of the three encoder levels; the last one is the token width.
+        dilations: dilation rate of the DGCB at each level.
+        mamba_layers: latent Mamba layers for each modality.
+        d_state: state size N of the selective scan.
+        expand: inner width E of a Mamba layer over the token width.
+        d_conv: taps of the causal depth-wise convolution.
+        scan: ``"four-direction"`` or ``"single"`` in 2D, ``"tri-plane"`` or ``"single-axis"`` in 3D.
+        cmca: whether the cross-modal channel attention branch exists.
+    """
+
+    dimension: int = 2
+    channels: tuple[int, int, int] = (32, 64, 128)
+    dilations: tuple[int, int, int] = (1, 3, 5)
+    mamba_layers: int = 5
+    d_state: int = 8
+    expand: int = 2
+    d_conv: int = 4
+    scan: str = ""
+    cmca: bool = True
+
+    def __post_init__(self):
+        if self.dimension not in SCANS:
+            raise InputError(f"dimension must be 2 or 3, not {self.dimension!r}")
+        object.__setattr__(self, "scan", self.scan or SCANS[self.dimension][0])
+        object.__setattr__(self, "channels", tuple(self.channels))
+        object.__setattr__(self, "dilations", tuple(self.dilations))
+        if self.scan not in SCANS[self.dimension]:
+            raise InputError(f"a {self.dimension}D model scans {' or '.join(SCANS[self.dimension])}, not {self.scan!r}")
+        if len(self.channels) != 3 or len(self.dilations) != 3:
+            raise InputError("channels and dilations need three values, one for each encoder level")
+        numbers = (*self.channels, *self.dilations, self.d_state, self.expand, self.d_conv)
+        if min(numbers) < 1 or self.mamba_layers < 0:
+            raise InputError("widths, dilations and sizes must be positive; mamba_layers must not be negative")
+
+    @property
+    def dt_rank(self) -> int:
+        """Rank of the projection that makes the step size Δ: ceil(token width / 16)."""
+        return -(-self.channels[-1] // 16)
+
+    @property
+    def d_inner(self) -> int:
+        """Inner channels E of a Mamba layer."""
+        return self.expand * self.channels[-1]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelConfig:
+        """Inverse of :meth:`to_json`; raises :class:`InputError` for text that is no such configuration."""
+        try:
+            return cls(**json.loads(text))
+        except (TypeError, json.JSONDecodeError) as error:
+            raise InputError(f"not the configuration of a ClinicalFMamba model: {error}") from error

@@ -1,0 +1,49 @@
+"""The Lightning module: network, loss, optimiser, validation."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import torch
+
+from ..config import ModelConfig
+from ..models.clinicalfmamba import ClinicalFMamba
+from .losses import FusionLoss, LossWeights
+
+
+class FusionModule(pl.LightningModule):
+    """Trains a :class:`ClinicalFMamba` on batches (B, 2, 1, *size): the anatomical source, then the other.
+
+    Source of the settings: Zhou and Khalvati, arXiv 2508.03008, section 3.1 (Adam, cosine schedule to 1e-6).
+    """
+
+    def __init__(self, model: ModelConfig, loss: LossWeights, lr: float, steps: int, warmup: int = 100):
+        super().__init__()
+        self.model = ClinicalFMamba(model)
+        self.loss = FusionLoss(model.dimension, loss)
+        self.lr, self.steps, self.warmup = lr, steps, warmup
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return self.model(a, b)
+
+    def _losses(self, pairs: torch.Tensor):
+        a, b = pairs[:, 0], pairs[:, 1]
+        fused = self(a, b).float()
+        return self.loss(fused, a, b)
+
+    def training_step(self, pairs: torch.Tensor, _index: int) -> torch.Tensor:
+        loss, terms = self._losses(pairs)
+        self.log("loss", loss, prog_bar=True)
+        self.log_dict({f"train/{name}": value for name, value in terms.items()})
+        return loss
+
+    def validation_step(self, pairs: torch.Tensor, _index: int) -> None:
+        loss, terms = self._losses(pairs)
+        self.log("val_loss", loss, prog_bar=True, sync_dist=True, batch_size=len(pairs))
+        self.log_dict({f"val/{k}": v for k, v in terms.items()}, sync_dist=True, batch_size=len(pairs))
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
+        warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=self.warmup)
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, self.steps - self.warmup), eta_min=1e-6)
+        schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], [self.warmup])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
