@@ -65,6 +65,7 @@ TISSUES = {
     "cerebellar cortex": ("cerebellum", 38, 530, 600, 560, 4.2),
     "cerebellar white": ("cerebellum", 30, 740, 430, 450, 1.4),
     "brainstem": ("brainstem", 32, 710, 450, 470, 1.8),
+    "cord": ("brainstem", 34, 690, 450, 470, 0.9),
     "dura": ("dura and vessels", 60, 560, 170, 200, 0.3),
     "vein": ("dura and vessels", 62, 980, 150, 180, 0.9),
     "plexus": ("dura and vessels", 45, 840, 800, 520, 0.9),
@@ -545,11 +546,13 @@ def _paint_brain(scene, rng, tumour):
     reach = np.full(depth.shape, 17, np.float32)
     reach[inside] += 3.5 * variation.value([q[inside] for q in np.broadcast_arrays(*p)])
     bottom = np.maximum(np.minimum(depth - reach, fissure - 0.6 * reach), 0)
-    sulcus = np.hypot(sheets, bottom) - np.clip(1.0 - 0.035 * crown, 0.3, 1)
-    pial = _union(envelope, sulcus, 2.4)
-    cortex = scene.coverage(-pial - 0.2) * scene.coverage(-depth)
+    half_width = np.clip(1.0 - 0.035 * crown, 0.3, 1)
+    pial = _union(envelope, np.hypot(sheets, bottom) - half_width, 2.4)
+    # A sulcus thinner than a voxel fills no more of it than its width.
+    fluid = np.minimum(scene.coverage(pial + 0.2), np.maximum(2 * half_width / scene.step, scene.coverage(envelope)))
+    cortex = (1 - fluid) * scene.coverage(-depth)
     white = scene.coverage(2.8 - pial)
-    del sheets, bottom, sulcus, variation, plane, lateral, insula
+    del sheets, bottom, half_width, fluid, variation, plane, lateral, insula
     scene.lay("grey", cortex, region)
     scene.lay("white", white * cortex, region)
     del cortex, white
@@ -559,7 +562,7 @@ def _paint_brain(scene, rng, tumour):
     _paint_hindbrain(scene, region, p, dura, fold_rng)
     _paint_ventricles(scene, region, p)
     if tumour:
-        _paint_tumour(scene, region, centre, pial, tumour_rng)
+        _paint_tumour(scene, region, centre, crown, tumour_rng)
 
 
 def _paint_falx(scene, region, plain, dura, x, core):
@@ -603,11 +606,12 @@ def _paint_hindbrain(scene, region, p, dura, rng):
     scene.paint("brainstem", _ellipsoid(p, (0, -25, -32), (17, 12, 13.5)), region)
     scene.paint("brainstem", _tube(side, [(8, -30, -34, 9), (22, -46, -36, 8)]), region)
     stem = [(0, -33, -40, 10), (0, -39, -56, 7.5), (0, -45, -78, 6), (0, -52, -160, 5.5)]
-    scene.tubes("brainstem", stem)
+    scene.tubes("brainstem", stem[:3])
+    scene.tubes("cord", stem[2:])
 
-    lobes = _ellipsoid(side, (23, -64, -37), (29, 35, 24.5))
-    lobes = _union(lobes, _ellipsoid(p, (0, -63, -34), (13, 28, 25)), 5)
-    lobes = _intersection(lobes, s - (-2.5 - 0.34 * side[0]), 4)
+    lobes = _ellipsoid(side, (23, -64, -34), (30, 35, 28))
+    lobes = _union(lobes, _ellipsoid(p, (0, -61, -29), (14, 30, 29)), 5)
+    lobes = _intersection(lobes, s - (-1.0 - 0.34 * side[0]), 3)
     lobes = _intersection(lobes, dura + 2.2, 3)
     inner = -lobes
     # Folia: fissures that fan out from the middle, finer than the grid of a small phantom and fading there.
@@ -642,7 +646,7 @@ def _paint_ventricles(scene, region, p):
     scene.paint("calcification", _ellipsoid(p, (0, -33.5, 2), (1.9, 2.6, 1.8)), region)
 
 
-def _paint_tumour(scene, region, centre, pial, rng):
+def _paint_tumour(scene, region, centre, crown, rng):
     """A ring-enhancing mass; its oedema spreads through white matter and spares the cortex."""
     low, high = [c - 46 for c in centre], [c + 46 for c in centre]
     box = scene.region(low, high)
@@ -651,7 +655,7 @@ def _paint_tumour(scene, region, centre, pial, rng):
                 for b, r in zip(box, region, strict=True))  # fmt: skip
     box = tuple(slice(r.start + c.start, r.start + c.stop) for c, r in zip(cut, region, strict=True))
     p = scene.points(box)
-    white, pial = scene.white[box].copy(), pial[cut]
+    white, crown = scene.white[box].copy(), crown[cut]
     coarse, fine, spread = _Waves(rng, 10, 22.0), _Waves(rng, 12, 9.0), _Waves(rng, 8, 30.0)
     lobes = coarse.value(p)
     ball = _ellipsoid(p, centre, (15.5, 18.5, 16), 20)
@@ -659,7 +663,7 @@ def _paint_tumour(scene, region, centre, pial, rng):
     oedema = ball - 15 + 6.0 * spread.value(p)
     cover = _step(-oedema, 9) * white * 0.95
     scene.lay("oedema", cover, box)
-    mass = np.maximum(mass, 1.0 - pial)
+    mass = np.maximum(mass, 1.5 - crown)
     scene.paint("rim", mass, box)
     wall = 3.8 + 1.1 * spread.value((p[2], p[0], p[1]))
     core = mass + np.maximum(wall, 1.6)
