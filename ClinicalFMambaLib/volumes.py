@@ -652,14 +652,15 @@ def _without_nonfinite(volume: Volume, background: float | None) -> tuple[np.nda
 
 _BINS = 64
 _SAMPLES = 400_000
-# Relative gain of mutual information above which a shift is reported, measured at ±2, 4, 6, 8 mm along each axis.
-# Registered pairs: BraTS t1ce/flair and t2/flair -0.06 or less, a whole head T1/FLAIR -0.14, population templates
-# CT/T2 0.03, CT/PET 0.04, 135 AANLIB CT/MR slices 0.043 at most. The same pairs moved by 6 mm: BraTS 0.28 or more,
-# the head 0.39, CT/T2 0.13, CT/PET 0.09, and 9 of 10 of the CT/MR slices above 0.06.
-_GAIN = 0.06
-# A SPECT of 10 mm resolution is as much at home a few pixels away: of 233 registered AANLIB SPECT/MR slices the gain
-# passes 0.09 in 5 %, with a largest of 0.20, no less than what a true shift of 6 mm brings.
-_GAIN_FUNCTIONAL = 0.25
+# Relative gain of mutual information above which a shift is reported, measured with steps of 2, 4, 6, 8 mm along each
+# axis. Registered pairs gain 0 (BraTS t1ce/flair, T1/FLAIR, T1 with a PET or SPECT template), 0.03 (CT/T2 templates),
+# 0.04 (CT/PET templates), and of 135 AANLIB CT/MR slices 0.062 at most. The same pairs moved by 6 mm gain 0.28 or more
+# (BraTS), 0.39 (T1/FLAIR), 0.13 (T1/SPECT), 0.17 (CT/T2, but 0.03 along -z, back over the templates' own offset), and
+# 0.07 or more in 7 of 8 of the slices.
+_GAIN = 0.07
+# One SPECT slice of 10 mm resolution fits its MR as well a few pixels away: registered AANLIB slices gain 0.12 in
+# 1 of 100 (steps of 4 to 16 pixels), and a 6-pixel shift brings no more than that. Only a gross shift is reported.
+_GAIN_FUNCTIONAL_SLICE = 0.2
 
 
 def check_registration(
@@ -672,13 +673,13 @@ def check_registration(
 ) -> RegistrationCheck:
     """Compare the mutual information of A and B in place with that of small shifts of B along the array axes.
 
-    A warning, not a registration: rotations and shifts of less than about 2 mm pass unseen. Mutual information of
+    A warning, not a registration: rotations, and shifts of a few mm, may pass unseen. Mutual information of
     64 bins (Viola and Wells, IJCV 1997; Maes et al., IEEE TMI 1997) on a lattice of at most 400 000 voxels.
 
     Args:
         a, b: (D, H, W) or (H, W) in [0, 1], one grid; colour (D, H, W, 3) is averaged over its channels.
         spacing: mm along x, y, z.
-        functional: one of them is a SPECT or PET, whose low resolution allows only a coarse check (implied by colour).
+        functional: one is a SPECT or PET (implied by colour); of a single slice, only gross shifts are then reported.
         unit: word for the message; ``"pixels"`` for images, which have no size in mm.
 
     Raises:
@@ -686,13 +687,14 @@ def check_registration(
     """
     functional = functional or a.ndim == 4 or b.ndim == 4
     a, b = _grey_stack(a), _grey_stack(b)
+    coarse = functional and a.shape[0] == 1
     if a.shape != b.shape:
         raise InputError(f"the registration check needs equal shapes, not {a.shape} and {b.shape}; resample B onto A")
     if a.shape[0] == 1:
         # One slice has too few voxels for 64x64 bins: without smoothing 6 mm shows in 7 of 10 CT/MR slices, not 9.
         a, b = _smooth_slice(a), _smooth_slice(b)
 
-    steps_mm = (4, 8, 12, 16) if functional else (2, 4, 6, 8)
+    steps_mm = (4, 8, 12, 16) if coarse else (2, 4, 6, 8)
     shifts = []
     for length, mm in zip(a.shape, spacing[::-1], strict=True):
         voxels = {max(1, round(step / mm)) for step in steps_mm}
@@ -736,7 +738,7 @@ def check_registration(
     gain = best / here - 1
     shift = tuple(float(o * mm) for o, mm in zip(offset[::-1], spacing, strict=True))
     message = ""
-    if gain > (_GAIN_FUNCTIONAL if functional else _GAIN):
+    if gain > (_GAIN_FUNCTIONAL_SLICE if coarse else _GAIN):
         where = ", ".join(f"{v:+.0f} {unit} along {k}" for k, v in zip("xyz", shift, strict=True) if v)
         message = (
             f"the second input looks shifted by about {where} ({100 * gain:.0f} % more mutual information there): "

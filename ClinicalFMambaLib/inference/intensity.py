@@ -104,7 +104,7 @@ def choose_window(volume: Volume, choice: str | tuple[float, float] | Window = "
     """The window for a volume.
 
     ``"auto"``: 8-bit data 0 to 255; CT in HU -10 to 90 HU (see ``CT_AUTO_HU``); MR from the background's level to the
-    99.5th percentile of the head; SPECT and PET counts 0 to the 99.9th percentile. A CT stored with an offset of 1000
+    99.5th percentile of the head; SPECT and PET counts to the 99.9th percentile. A CT stored with an offset of 1000
     or 1024, or in Cormack units (Rorden et al., NeuroImage 2012: SPM's CT template), is recognised and its window
     converted.
 
@@ -275,12 +275,8 @@ def _percentile_window(values: np.ndarray, modality: str) -> Window:
     least, most = (float(v) for v in np.percentile(values, (0.1, 99.9)))
     if most <= least:
         return Window(float(values.min()), float(values.max()), "stored values", "smallest to largest value")
-    threshold = _otsu(values[(values >= least) & (values <= most)])
+    low, threshold = _floor(values, least, most)
     foreground = values[values > threshold]
-    background = values[values <= threshold]
-    # The darker class is background only where it lies at the bottom of the range; a crop without air keeps its floor.
-    floor = float(np.median(background)) if background.size else least
-    low = floor if floor - least <= 0.1 * (most - least) else least
     high = float(np.percentile(foreground, 99.5)) if foreground.size else most
     if high <= low:
         low, high = least, most
@@ -288,12 +284,21 @@ def _percentile_window(values: np.ndarray, modality: str) -> Window:
 
 
 def _counts_window(values: np.ndarray, modality: str) -> Window:
-    high = float(np.percentile(values, 99.9))
-    low = 0.0
-    if high <= 0:
-        low, high = float(values.min()), float(values.max())
-        return Window(low, high, "stored values", f"{modality}: smallest to largest value")
-    return Window(low, high, "stored values", f"{modality}: zero to 99.9th percentile")
+    """No counts black, a haze of scatter around the head as well."""
+    least, most = (float(v) for v in np.percentile(values, (0.1, 99.9)))
+    if most <= max(least, 0.0):
+        return Window(float(values.min()), float(values.max()), "stored values", "smallest to largest value")
+    low = max(0.0, _floor(values, max(least, 0.0), most)[0])
+    return Window(low, most, "stored values", f"{modality}: background to 99.9th percentile")
+
+
+def _floor(values: np.ndarray, least: float, most: float) -> tuple[float, float]:
+    """The background's level, and the threshold above which the foreground starts."""
+    threshold = _otsu(values[(values >= least) & (values <= most)])
+    background = values[values <= threshold]
+    # The darker class is background only where it lies at the bottom of the range; a crop without air keeps its floor.
+    level = float(np.median(background)) if background.size else least
+    return (level if least <= level <= least + 0.1 * (most - least) else least), threshold
 
 
 def _otsu(values: np.ndarray, bins: int = 256) -> float:
