@@ -442,6 +442,8 @@ def _paint_face(scene):
 
 
 def _paint_skull_base(scene, rng):
+    scene.ellipsoids("cortical bone", (22, 63, -15), (28, 14, 6))  # roof of the orbit
+    scene.ellipsoids("diploe", (22, 63, -15), (26, 12, 4))
     scene.ellipsoids("cortical bone", (11, 77, -8), (18, 8.5, 19))
     scene.ellipsoids("cavity", (10, 77.5, -9), (9.5, 4.4, 12.5))
     scene.ellipsoids("cavity", (22, 75, -13), (6, 3.2, 6))

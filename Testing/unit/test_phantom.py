@@ -22,7 +22,7 @@ def typical(volumes, name, label):
     return float(np.median(volumes[name].array[volumes["labels"].array == LABELS[label]]))
 
 
-@pytest.mark.parametrize("size", [16, 19, 33, 80])
+@pytest.mark.parametrize("size", [16, 19, 33])
 def test_grid(size):
     volumes = make_phantom(size)
     assert list(volumes) == list(DTYPES)
@@ -37,7 +37,7 @@ def test_grid(size):
 
 
 def test_same_arguments_same_bytes_and_another_seed_another_head():
-    first, again, other = make_phantom(40, seed=3), make_phantom(40, seed=3), make_phantom(40, seed=4)
+    first, again, other = (make_phantom(20, seed=s) for s in (3, 3, 4))
     for name in DTYPES:
         assert first[name].array.tobytes() == again[name].array.tobytes()
         assert first[name].array.tobytes() != other[name].array.tobytes()
@@ -91,23 +91,21 @@ def test_contrast(head, name, brighter, darker, factor):
     assert typical(head, name, brighter) > factor * typical(head, name, darker)
 
 
-def test_skull_has_diploe_between_two_tables(head):
-    # Along a ray from the middle of the head to the left, CT crosses outer table, diploe and inner table.
-    volume = make_phantom(160)["CT"]
-    z, y = 120, 80
-    ray = volume.array[z, y, 80:].astype(int)
+def test_skull_has_diploe_between_two_tables():
+    # Along a ray from the middle of the head to the back, CT crosses inner table, diploe and outer table.
+    volume = make_phantom(128)["CT"]
+    ray = volume.array[67, 64:, 64].astype(int)
     bone = np.flatnonzero(ray > 300)
     profile = ray[bone[0] : bone[-1] + 1]
-    assert 3 <= len(profile) * volume.spacing[0] <= 12
+    assert 3 <= len(profile) * volume.spacing[0] <= 14
     assert profile[1:-1].min() < 0.85 * min(profile[: len(profile) // 2].max(), profile[len(profile) // 2 :].max())
 
 
 def test_values_are_those_of_the_modality(head):
     ct = head["CT"].array
-    outside = head["labels"].array == LABELS["background"]
-    outside[8:-8, 8:-8, 8:-8] = False
-    assert abs(float(ct[outside].mean()) + 1000) < 5
-    assert 2 < float(ct[outside].std()) < 6
+    corner = ct[:, :8, :8]
+    assert abs(float(corner.mean()) + 1000) < 1
+    assert 3 < float(corner.std()) < 5
     assert 900 < ct.max() <= 3071
     for name in ("T1", "T2", "FLAIR"):
         assert head[name].array.min() >= 0
