@@ -64,9 +64,9 @@ def dicom_series(folder, slices=5, modality="CT", uid="1.2.3.4", z=None, descrip
     folder.mkdir(parents=True, exist_ok=True)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
-    array = ramp((slices, 12, 10), np.int16)
+    hounsfield = ramp((slices, 12, 10), np.int16) - 1024
     for k in range(slices):
-        image = sitk.GetImageFromArray(array[k])
+        image = sitk.GetImageFromArray(hounsfield[k] if modality == "CT" else (hounsfield[k] + 1024).astype(np.uint16))
         image.SetSpacing((0.5, 0.7))
         position = z[k] if z else 3.0 * k
         tags = {
@@ -78,14 +78,14 @@ def dicom_series(folder, slices=5, modality="CT", uid="1.2.3.4", z=None, descrip
             "0020|0013": str(k),
             "0020|0032": f"1\\2\\{position}",
             "0020|0037": "\\".join(f"{v:.9f}" for v in (OBLIQUE[0], OBLIQUE[3], 0, OBLIQUE[1], OBLIQUE[4], 0)),
-            "0028|1052": "-1024",
-            "0028|1053": "1",
         }
+        if modality == "CT":  # GDCM stores HU + 1024 then
+            tags |= {"0028|1052": "-1024", "0028|1053": "1"}
         for key, value in tags.items():
             image.SetMetaData(key, value)
         writer.SetFileName(str(folder / f"{uid}_{k}.dcm"))
         writer.Execute(image)
-    return array - 1024
+    return hounsfield
 
 
 # reading
@@ -139,7 +139,6 @@ def colour_cases():
         "rgba": (np.concatenate([rgb, alpha], 2), rgb[None]),
         "equal channels are grey": (grey, grey[None, ..., 0]),
         "equal channels with alpha": (np.concatenate([grey, alpha], 2), grey[None, ..., 0]),
-        "grey with alpha": (np.concatenate([grey[..., :1], alpha], 2), grey[None, ..., 0]),
         "16-bit rgb": (wide, rgb[None]),
     }
 
@@ -170,6 +169,8 @@ def test_2d_nrrd_keeps_its_spacing(tmp_path):
 
 def test_read_dicom_folder(tmp_path):
     hounsfield = dicom_series(tmp_path / "series")
+    stored = sitk.ReadImage(next(map(str, (tmp_path / "series").iterdir())))
+    assert float(stored.GetMetaData("0028|1052")) == -1024
     volume = read_volume(tmp_path / "series")
     np.testing.assert_array_equal(volume.array, hounsfield)
     assert (volume.modality, volume.name, volume.notes) == ("CT", "series", ())
@@ -215,6 +216,7 @@ def bad_files(tmp):
     add("4D", "four.nii.gz", ["4D", "5 frames", "one 3D volume"], array=ramp((5, 4, 6, 7)))
     add("two channels", "two.nrrd", ["2 uint8 values"], array=ramp((4, 6, 7, 2), np.uint8), is_vector=True)
     add("float vectors", "field.nrrd", ["3 float32 values"], array=ramp((4, 6, 7, 3), np.float32), is_vector=True)
+    add("grey with alpha", "la.png", ["without alpha"], array=ramp((6, 7, 2), np.uint8), is_vector=True)
     add("complex", "k.nrrd", ["complex"], array=ramp((4, 6, 7)).astype(np.complex64))
     for suffix, keep in itertools.product(("nii", "nii.gz", "nrrd", "mha"), (0.5, 0.98)):
         whole = nifti_file(tmp / f"whole.{suffix}").read_bytes()
@@ -237,18 +239,23 @@ def bad_files(tmp):
     return cases
 
 
-def test_bad_input_gives_one_line(tmp_path, capfd, subtests):
+def test_bad_input_gives_one_line(tmp_path, capfd):
+    wrong = []
     for name, (path, words) in bad_files(tmp_path).items():
-        with subtests.test(name), pytest.raises(InputError) as error:
+        try:
             read_volume(path)
-            pytest.fail(f"{name} was read")
-        assert_one_line(error, *words)
-        assert str(path) in str(error.value)
+        except InputError as error:
+            text = str(error)
+            if "\n" in text or "0x" in text or not all(word in text for word in (*words, str(path))):
+                wrong.append(f"{name}: {text}")
+        else:
+            wrong.append(f"{name}: was read")
+    assert not wrong, "\n".join(wrong)
     assert capfd.readouterr().err == "", "a C++ reader wrote to stderr"
 
 
 def test_unknown_modality_is_refused(tmp_path):
-    with pytest.raises(InputError, match="XRAY"):
+    with pytest.raises(InputError, match="xray"):
         read_volume(nifti_file(tmp_path / "a.nii"), modality="xray")
 
 
@@ -303,7 +310,7 @@ def test_png_keeps_pixels_and_text(tmp_path):
     rgb = ramp((1, 8, 10, 3), np.uint8)
     write_volume(Volume(rgb, is_image=True), tmp_path / "a.png", {"model": "mri-spect-2d", "µ": "größer"})
     with Image.open(tmp_path / "a.png") as image:
-        image.verify()
+        image.load()
         assert image.text == {"model": "mri-spect-2d", "µ": "größer"}
     np.testing.assert_array_equal(read_volume(tmp_path / "a.png").array, rgb)
 
