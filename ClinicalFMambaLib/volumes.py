@@ -668,7 +668,7 @@ _SAMPLES = 400_000
 # 84 % of the slices pass (97 % when moved by 12 pixels).
 _GAIN = 0.07
 # One SPECT slice of 10 mm resolution fits its MR as well a few pixels away: registered AANLIB slices gain 0.12 in
-# 1 of 100 (steps of 4 to 16 pixels), and a 6-pixel shift mostly brings no more: 0.2 finds 14 % of those, and 65 % at 12.
+# 1 of 100 (steps of 4 to 16 pixels), and a shift of 6 pixels mostly brings no more: 0.2 finds 14 %, and 65 % of 12.
 _GAIN_FUNCTIONAL_SLICE = 0.2
 
 
