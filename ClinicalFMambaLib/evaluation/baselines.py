@@ -65,25 +65,29 @@ def source_b(a, b) -> np.ndarray:
     return _fuse(lambda x, y: y, a, b)
 
 
-def laplacian_pyramid(a, b) -> np.ndarray:
-    """Laplacian pyramid: details of larger magnitude, mean of the coarsest level.
+def laplacian_pyramid(a, b, *, base: str = "average") -> np.ndarray:
+    """Laplacian pyramid: details of larger magnitude; the coarsest level is the mean, or the maximum, of the sources'.
 
-    Kernel 1 4 6 4 1 along each axis, four levels or as many as leave 4 voxels a side.
+    Kernel 1 4 6 4 1 along each axis, four levels or as many as leave 4 voxels a side. ``base="maximum"`` dims bright
+    bone less, which raises SCD and VIF and lowers SSIM and QABF a little.
 
     References:
         P. Burt, E. Adelson, "The Laplacian pyramid as a compact image code", IEEE Trans. Communications 31(4), 1983.
     """
-    return _fuse(_laplacian_pyramid, a, b)
+    if base not in ("average", "maximum"):
+        raise InputError(f"unknown base {base!r} of the pyramid; use 'average' or 'maximum'")
+    merge = np.maximum if base == "maximum" else lambda x, y: (x + y) / 2
+    return _fuse(lambda x, y: _laplacian_pyramid(x, y, merge), a, b)
 
 
-def _laplacian_pyramid(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _laplacian_pyramid(a: np.ndarray, b: np.ndarray, merge: Callable) -> np.ndarray:
     details, shapes = [], []
     while len(details) < 4 and min(a.shape) >= 8:
         coarse_a, coarse_b = _reduce(a), _reduce(b)
         details.append(_larger(a - _expand(coarse_a, a.shape), b - _expand(coarse_b, b.shape)))
         shapes.append(a.shape)
         a, b = coarse_a, coarse_b
-    fused = (a + b) / 2
+    fused = merge(a, b)
     for detail, shape in zip(reversed(details), reversed(shapes), strict=True):
         fused = _expand(fused, shape) + detail
     return fused

@@ -140,7 +140,8 @@ def ms_ssim(fused, a, b, *, data_range: float = 1.0) -> float:
 def _ms_ssim_mean(fused: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
     scales = min(len(MS_SSIM_WEIGHTS), int(np.log2(min(fused.shape) // SSIM_SIDE)) + 1)
     weights = np.array(MS_SSIM_WEIGHTS[:scales])
-    weights /= weights.sum()
+    if scales < len(MS_SSIM_WEIGHTS):
+        weights /= weights.sum()
     values = []
     for source in (a, b):
         x, y, value = source, fused, 1.0
@@ -219,8 +220,8 @@ def _scharr(image: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=4)
-def _log_gabor(height: int, width: int) -> np.ndarray:
-    """Transfer functions, (orientations, scales, H, W), zero frequency first."""
+def _log_gabor(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Transfer functions (orientations, scales, H, W), zero frequency first, and their noise gains (orientations)."""
     scales, orientations = 4, 4
 
     def frequencies(size: int) -> np.ndarray:
@@ -242,29 +243,28 @@ def _log_gabor(height: int, width: int) -> np.ndarray:
             difference = theta - orientation * np.pi / orientations
             distance = np.abs(np.arctan2(np.sin(difference), np.cos(difference)))
             filters[orientation, scale] = radial * np.exp(-(distance**2) / (2 * sigma**2))
+    # The energy that white noise has after all scales, relative to its power at the finest scale.
+    summed = np.sum(fft.ifft2(filters).real.sum(axis=1) ** 2, axis=(1, 2)) * height * width
+    gains = summed / np.sum(filters[:, 0] ** 2, axis=(1, 2))
     filters.setflags(write=False)
-    return filters
+    return filters, gains
 
 
 def _phase_congruency(image: np.ndarray) -> np.ndarray:
     """Phase congruency with noise compensation, as FSIM defines it; 0 for a constant image."""
     if np.ptp(image) == 0:
         return np.zeros_like(image)
-    filters = _log_gabor(*image.shape)
+    filters, gains = _log_gabor(*image.shape)
     spectrum = fft.fft2(image)
     energy_sum, amplitude_sum = np.zeros(image.shape), np.zeros(image.shape)
-    for bank in filters:
+    for bank, gain in zip(filters, gains, strict=True):
         response = fft.ifft2(spectrum * bank)
         total = response.sum(axis=0)
         unit = total / (np.abs(total) + np.finfo(float).eps)
         projected = response * unit.conj()
         energy = np.sum(projected.real - np.abs(projected.imag), axis=0)
         # Noise power from the median response of the finest scale (chi-squared with 2 degrees of freedom).
-        noise = np.median(np.abs(response[0]) ** 2) / np.log(2) / np.sum(bank[0] ** 2)
-        spatial = fft.ifft2(bank).real * np.sqrt(image.size)
-        squares = np.sum(spatial**2)
-        products = (np.sum(spatial.sum(axis=0) ** 2) - squares) / 2
-        tau = np.sqrt(noise * (squares + 2 * products))
+        tau = np.sqrt(np.median(np.abs(response[0]) ** 2) / np.log(2) * gain)
         # 1.7: the estimate is too high for this measure by about that factor (Kovesi).
         threshold = tau * (np.sqrt(np.pi / 2) + 2 * np.sqrt(2 - np.pi / 2)) / 1.7
         energy_sum += np.maximum(energy - threshold, 0)
@@ -507,7 +507,8 @@ def qabf(fused, a, b, *, data_range: float = 1.0) -> float:
 
     Sobel strength g and angle alpha (zero padding); G = the smaller over the larger strength, Delta = 1 - |alpha_S -
     alpha_F| / (pi / 2); Q^SF = 0.9994 / (1 + exp(-15 (G - 0.5))) x 0.9879 / (1 + exp(-22 (Delta - 0.8))); mean of Q^AF
-    and Q^BF weighted by the strength in the source. 0 if neither source has an edge. Volumes: slice by slice.
+    and Q^BF weighted by the strength in the source. 0 if neither source has an edge (an image that is not black at its
+    border has one there). Volumes: slice by slice.
 
     References:
         C. S. Xydeas, V. Petrovic, "Objective image fusion performance measure", Electronics Letters 36(4), 2000.
@@ -519,7 +520,8 @@ def qabf(fused, a, b, *, data_range: float = 1.0) -> float:
 def _qabf(fused: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
     def edges(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         x, y = _sobel(image, "constant")
-        return np.hypot(x, y), np.arctan(np.divide(y, x, out=np.full_like(x, np.inf), where=x != 0))
+        # Minus as in the authors' kernels: with x = 0 taken as +pi/2, a mirrored angle gives another value.
+        return np.hypot(x, y), np.arctan(np.divide(-y, x, out=np.full_like(x, np.inf), where=x != 0))
 
     strength_f, angle_f = edges(fused)
     preserved = total = 0.0
