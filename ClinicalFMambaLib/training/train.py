@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from ..config import ModelConfig
 from ..errors import InputError
-from ..pretrained import save_weights
+from ..pretrained import find_weights, load_model, save_weights
 from .data import PairCrops, WholePairs, find_cases, find_pairs, split_by_patient
 from .losses import LossWeights
 from .module import FusionModule
@@ -91,6 +91,11 @@ def train(preset: dict, name: str, data: Path, out: Path, resume: bool = False) 
         length=settings["steps_per_epoch"] * source["batch"],
     )
     module = FusionModule(config, loss, settings["lr"], settings["steps"], settings["warmup"])
+    if settings.get("init"):
+        warm, _ = load_model(find_weights(settings["init"])[1])
+        if warm.config != config:
+            raise InputError(f"training.init={settings['init']} holds another architecture than this preset's model")
+        module.model.load_state_dict(warm.state_dict())
     last = out / "checkpoints" / "last.ckpt"
     epochs = -(-settings["steps"] // settings["steps_per_epoch"])
     started = time.time()
@@ -102,7 +107,9 @@ def train(preset: dict, name: str, data: Path, out: Path, resume: bool = False) 
         gradient_clip_val=settings["clip"],
         logger=TensorBoardLogger(out, name="logs", version=""),
         callbacks=[
-            ModelCheckpoint(out / "checkpoints", save_last=True, save_top_k=0, every_n_epochs=1),
+            ModelCheckpoint(
+                out / "checkpoints", filename="last", enable_version_counter=False, save_on_train_epoch_end=True
+            ),
             EMAWeightAveraging(decay=settings["ema"]),
             LearningRateMonitor(),
             _EpochOfData(crops),
