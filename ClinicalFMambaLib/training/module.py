@@ -28,7 +28,9 @@ class FusionModule(pl.LightningModule):
     def _losses(self, pairs: torch.Tensor):
         a, b = pairs[:, 0], pairs[:, 1]
         fused = self(a, b).float()
-        return self.loss(fused, a, b)
+        # variances and edge ratios of the loss do not survive bfloat16
+        with torch.autocast(fused.device.type, enabled=False):
+            return self.loss(fused, a, b)
 
     def training_step(self, pairs: torch.Tensor, _index: int) -> torch.Tensor:
         loss, terms = self._losses(pairs)
