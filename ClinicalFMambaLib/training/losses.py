@@ -123,11 +123,13 @@ def visual_information(fused: torch.Tensor, source: torch.Tensor, noise: float =
     """
     fused, source = fused * 255, source * 255
     eps = 1e-6
-    kept = possible = 0
+    kept = possible = fused.new_zeros(len(fused))
     for scale in range(4):
         size = 2 ** (4 - scale) + 1
+        if min(fused.shape[-2:]) < size:
+            continue
         if scale:
-            if min(fused.shape[-2:]) < 2 * size:
+            if min(fused.shape[-2:]) < 3 * size - 1:  # blurred, halved, blurred again
                 break
             fused, source = _blur(fused, size)[..., ::2, ::2], _blur(source, size)[..., ::2, ::2]
         mean_f, mean_s = _blur(fused, size), _blur(source, size)

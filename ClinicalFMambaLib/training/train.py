@@ -90,18 +90,19 @@ def train(preset: dict, name: str, data: Path, out: Path, resume: bool = False) 
         swap=source["swap"],
         length=settings["steps_per_epoch"] * source["batch"],
     )
-    module = FusionModule(config, loss, settings["lr"], settings["steps"], settings["warmup"])
+    # whole epochs, and their number alone as the end: with max_steps as well, Lightning 2.6 counts the epoch of a
+    # checkpoint twice when it resumes
+    epochs = -(-settings["steps"] // settings["steps_per_epoch"])
+    module = FusionModule(config, loss, settings["lr"], epochs * settings["steps_per_epoch"], settings["warmup"])
     if settings.get("init"):
         warm, _ = load_model(find_weights(settings["init"])[1])
         if warm.config != config:
             raise InputError(f"training.init={settings['init']} holds another architecture than this preset's model")
         module.model.load_state_dict(warm.state_dict())
     last = out / "checkpoints" / "last.ckpt"
-    epochs = -(-settings["steps"] // settings["steps_per_epoch"])
     started = time.time()
     trainer = pl.Trainer(
         max_epochs=epochs,
-        max_steps=settings["steps"],
         accelerator="auto",
         precision=settings["precision"],
         gradient_clip_val=settings["clip"],

@@ -1,0 +1,25 @@
+"""RGB and YCbCr."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ClinicalFMambaLib.inference.colour import luma, rgb_to_ycbcr, ycbcr_to_rgb
+
+
+def test_round_trip_is_exact_for_all_of_a_grid_of_colours():
+    levels = np.arange(0, 256, 15, dtype=np.uint8)
+    rgb = np.stack(np.meshgrid(levels, levels, levels), -1)
+    assert (ycbcr_to_rgb(rgb_to_ycbcr(rgb)) == rgb).all()
+
+
+@pytest.mark.parametrize("grey", [0, 1, 128, 255])
+def test_grey_has_no_chroma_and_keeps_its_value(grey):
+    y, cb, cr = rgb_to_ycbcr(np.full(3, grey, np.uint8))
+    assert (y, cb, cr) == pytest.approx((grey / 255, 0, 0), abs=1e-6)
+
+
+@pytest.mark.parametrize("rgb, expected", [((255, 0, 0), 0.299), ((0, 255, 0), 0.587), ((0, 0, 255), 0.114)])
+def test_luma_weights_are_those_of_bt601(rgb, expected):
+    assert luma(np.array([rgb], np.uint8))[0] == pytest.approx(expected, abs=1e-6)
