@@ -73,3 +73,59 @@ class ModelConfig:
             return cls(**json.loads(text))
         except (TypeError, json.JSONDecodeError) as error:
             raise InputError(f"not the configuration of a ClinicalFMamba model: {error}") from error
+
+
+PLANES = ("auto", "axial", "coronal", "sagittal")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+@dataclass(frozen=True)
+class FusionOptions:
+    """How one pair is fused; see :meth:`.inference.engine.FusionEngine.fuse`.
+
+    Attributes:
+        model: ``"auto"`` (by the pair's modalities), the name of a bundled model, or the path of a .safetensors file.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``; ``"auto"`` leaves it to the engine.
+        window_a, window_b: ``"auto"``, a CT preset, ``"LO,HI"`` or (lo, hi) in the volume's own units.
+        modality_a, modality_b: ``"CT"``, ``"MR"``, ``"SPECT"`` or ``"PET"``; ``""`` reads or guesses it.
+        plane: of the slices that a 2D model sees; ``"auto"`` takes the one with the finest pixels.
+        resample: whether B is interpolated onto A's grid where the grids differ; otherwise they are refused.
+        max_memory_gib: bound on the network's memory in GiB; None takes what is free.
+        check_registration: whether small shifts of B are tried, to warn when B looks shifted.
+    """
+
+    model: str = "auto"
+    device: str = "auto"
+    window_a: str | tuple[float, float] = "auto"
+    window_b: str | tuple[float, float] = "auto"
+    modality_a: str = ""
+    modality_b: str = ""
+    plane: str = "auto"
+    resample: bool = False
+    max_memory_gib: float | None = None
+    check_registration: bool = True
+
+    def __post_init__(self):
+        if self.device not in DEVICES:
+            raise InputError(f"device {self.device!r} is unknown; use one of {', '.join(DEVICES)}")
+        if self.plane not in PLANES:
+            raise InputError(f"plane {self.plane!r} is unknown; use one of {', '.join(PLANES)}")
+        for field in ("modality_a", "modality_b"):
+            object.__setattr__(self, field, parse_modality(getattr(self, field)))
+        if self.max_memory_gib is not None and not 0 < self.max_memory_gib < float("inf"):
+            raise InputError(f"the memory bound must be a positive number of GiB, not {self.max_memory_gib}")
+
+
+def parse_modality(text: str) -> str:
+    """``"CT"``, ``"MR"``, ``"SPECT"``, ``"PET"`` or ``""`` from what users and model cards write.
+
+    Raises:
+        InputError: an unknown modality.
+    """
+    from .volumes import MODALITIES  # here, because volumes needs numpy
+
+    upper = text.strip().upper()
+    upper = "MR" if upper == "MRI" else upper
+    if upper and upper not in MODALITIES:
+        raise InputError(f"modality {text!r} is unknown; use one of {', '.join(MODALITIES)}")
+    return upper

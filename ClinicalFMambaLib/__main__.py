@@ -1,0 +1,7 @@
+"""``python -m ClinicalFMambaLib``: the same as the command ``clinicalfmamba``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

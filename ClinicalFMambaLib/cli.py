@@ -1,0 +1,395 @@
+"""The command line, ``clinicalfmamba``.
+
+Exit status: 0; 2 for bad input, with one line on stderr; 130 when interrupted. Results go to stdout, warnings and
+progress to stderr. What computes is imported inside the commands, so that help is quick and works without torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import NOTICE, __version__
+from .errors import ClinicalFMambaError, InputError, OutputError, WeightsError, require
+
+log = logging.getLogger("ClinicalFMambaLib.cli")
+app = typer.Typer(
+    name="clinicalfmamba",
+    help=f"CNN-Mamba fusion of two registered neuro-images. {NOTICE}",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+# Typer and, before 0.26, click raise their usage errors from one class that typer itself does not export.
+_UsageErrors = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status.
+
+    Args:
+        argv: arguments without the program's name; those of the process by default.
+    """
+    logging.captureWarnings(True)
+    package, handler = logging.getLogger("ClinicalFMambaLib"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Lines())
+    package.addHandler(handler)
+    try:
+        return typer.main.get_command(app).main(argv, prog_name="clinicalfmamba", standalone_mode=False) or 0
+    except ClinicalFMambaError as error:
+        return _refuse(str(error))
+    except _UsageErrors as error:
+        if not error.format_message():  # called without a command: typer has shown the help
+            return 2
+        return _refuse(f"{error.format_message().rstrip('.')}; try --help")
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    finally:
+        package.removeHandler(handler)
+
+
+class _Lines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {_one_line(record.getMessage())}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {_one_line(message)}", file=sys.stderr)
+    return 2
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"clinicalfmamba {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# ------------------------------------------------------------------------------------------------ output
+
+
+def _check_folder(path: Path) -> None:
+    """Raise OutputError unless a file can be made beside ``path``; asked before anything long is computed."""
+    folder = path.parent
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; give the name of a file")
+    if not folder.is_dir():
+        raise OutputError(f"{path}: the folder {folder} does not exist; create it first")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(f"{path}: cannot write into {folder} ({error.strerror}); choose another folder") from error
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be created ({error.strerror}); choose another folder") from error
+    _check_folder(folder / "file")
+
+
+def _write_json(path: Path, content) -> None:
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(content, file, indent=2)
+                file.write("\n")
+            os.chmod(temporary, 0o644)  # mkstemp's files are the user's alone
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+
+
+@contextlib.contextmanager
+def _progress_bar():
+    """A function (stage, fraction) that draws on stderr where a person looks at it, and is None elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda stage, fraction: bar.update(task, description=stage, completed=fraction)
+
+
+def _require_engine() -> None:
+    """Say what to install before any work is done."""
+    for module, package in (("numpy", ""), ("SimpleITK", ""), ("safetensors", ""), ("torch", "torch>=2.4")):
+        require(module, "fusing volumes", package or None)
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+@app.command()
+def fuse(
+    a: Annotated[Path, typer.Argument(metavar="A", help="Volume, image or DICOM folder; the result lies on its grid.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The other one, registered to A.")],
+    out: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="nrrd, nii, nii.gz, mha; png, jpg, tif.")],
+    model: Annotated[str, typer.Option(metavar="NAME|PATH", help="Bundled model or .safetensors file.")] = "auto",
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|mps")] = "auto",
+    window_a: Annotated[
+        str, typer.Option(metavar="LO,HI", help="Also auto; for CT in HU brain, bone, soft, full.")
+    ] = "auto",
+    window_b: Annotated[str, typer.Option(metavar="LO,HI")] = "auto",
+    modality_a: Annotated[str, typer.Option(metavar="CT|MR|SPECT|PET", help="Read or guessed by default.")] = "",
+    modality_b: Annotated[str, typer.Option(metavar="CT|MR|SPECT|PET")] = "",
+    plane: Annotated[
+        str, typer.Option(metavar="auto|axial|coronal|sagittal", help="Of the slices that a 2D model sees.")
+    ] = "auto",
+    resample: Annotated[
+        bool, typer.Option("--resample/--no-resample", help="Interpolate B onto A's grid if they differ.")
+    ] = False,
+    max_memory: Annotated[float | None, typer.Option(metavar="GIB", help="Bound on the network's memory.")] = None,
+    preview: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Also write A, B and the result as a picture.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(metavar="JSON", help="Also write what was done with what.")] = None,
+) -> None:
+    """Fuse two registered volumes or images into one."""
+    from .config import FusionOptions
+
+    options = FusionOptions(
+        model=model,
+        device=device,
+        window_a=window_a,
+        window_b=window_b,
+        modality_a=modality_a,
+        modality_b=modality_b,
+        plane=plane,
+        resample=resample,
+        max_memory_gib=max_memory,
+    )
+    from .volumes import read_volume
+
+    _check_outputs(out, preview, report, (a, b))
+    volume_a, volume_b = read_volume(a, options.modality_a), read_volume(b, options.modality_b)
+    _check_fits(out, volume_a)
+    if preview is not None:
+        require("PIL.Image", "--preview", "pillow")
+    _require_engine()
+    from .inference.engine import FusionEngine
+
+    with _progress_bar() as progress:
+        result = FusionEngine().fuse(volume_a, volume_b, options, progress)
+    _write_result(result, out)
+    if preview is not None:
+        _write_preview(result, preview)
+    if report is not None:
+        _write_json(report, {"output_file": str(out), **result.provenance})
+    for warning in result.warnings:
+        log.warning("%s", warning)
+    _summarise(result, out, preview, report)
+
+
+def _check_outputs(out: Path, preview: Path | None, report: Path | None, inputs: Sequence[Path]) -> None:
+    from .volumes import WRITABLE_SUFFIXES, suffix_of
+
+    if suffix_of(out) not in WRITABLE_SUFFIXES:
+        known = ", ".join(s[1:] for s in WRITABLE_SUFFIXES)
+        raise InputError(f"{out}: cannot write {suffix_of(out) or 'a file without extension'}; use one of {known}")
+    if preview is not None and suffix_of(preview) != ".png":
+        raise InputError(f"{preview}: the preview is a PNG; give a name that ends with .png")
+    outputs = [path for path in (out, preview, report) if path is not None]
+    for path in outputs:
+        _check_folder(path)
+        for taken in inputs:
+            if path.resolve() == taken.resolve():
+                raise OutputError(f"{path} is one of the inputs; give another name")
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        raise OutputError("output, preview and report need different names")
+
+
+def _check_fits(out: Path, a) -> None:
+    from .volumes import IMAGE_SUFFIXES, suffix_of
+
+    if suffix_of(out) in IMAGE_SUFFIXES and a.shape[0] != 1:
+        raise InputError(f"{out}: {suffix_of(out)[1:]} holds one slice, {a.name} has {a.shape[0]}; write a .nrrd")
+
+
+def _write_result(result, out: Path) -> None:
+    from dataclasses import replace
+
+    from .preview import to_uint8
+    from .volumes import IMAGE_SUFFIXES, suffix_of, write_volume
+
+    volume, metadata = result.volume, result.metadata()
+    if suffix_of(out) in IMAGE_SUFFIXES and volume.array.dtype != "uint8":
+        volume, metadata["scale"] = replace(volume, array=to_uint8(result.fused)), "255 x network output"
+    write_volume(volume, out, metadata)
+
+
+def _write_preview(result, path: Path) -> None:
+    from .preview import save_preview
+
+    inputs = result.provenance["inputs"]
+    shown = result.volume.array if result.volume.is_colour else result.fused
+    panels = [(inputs["a"]["name"], result.a01), (inputs["b"]["name"], result.b01), ("fused", shown)]
+    volume = result.volume
+    title = f"ClinicalFMamba, {result.provenance['model']['name']}"
+    save_preview(path, panels, volume.spacing, title, direction=volume.direction)
+
+
+def _summarise(result, out: Path, preview: Path | None, report: Path | None) -> None:
+    p = result.provenance
+    lines = [
+        ("output", str(out)),
+        *((name, str(path)) for name, path in (("preview", preview), ("report", report)) if path is not None),
+        ("model", f"{p['model']['name']} ({p['model']['config']['dimension']}D)"),
+        ("device", f"{p['device']['name']} ({p['device']['reason']})"),
+        *(
+            (f"input {k.upper()}", f"{i['name']}, {i['modality']}, {i['window']['text']}")
+            for k, i in p["inputs"].items()
+        ),
+        ("scale", p["output"]["scale"]),
+        ("time", f"{p['seconds']:.1f} s"),
+    ]
+    for name, value in lines:
+        print(f"{name + ':':10}{value}")
+    print(NOTICE)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--output", metavar="DIR")] = Path("demo-output"),
+    size: Annotated[int, typer.Option(min=16, max=512, help="Voxels along each edge of the phantom.")] = 128,
+) -> None:
+    """Fuse a generated head phantom: CT with T2, T1 with T2, SPECT in colour with T2. Needs no input."""
+    _require_engine()
+    require("PIL.Image", "the demo's pictures", "pillow")
+    _make_folder(out)
+    from .demo import run_demo
+
+    with _progress_bar() as progress:
+        summary = run_demo(out, size, progress=progress)
+    for warning in summary.warnings:
+        log.warning("%s", warning)
+    print(summary.text())
+    print(f"Volumes, pictures and metrics are in {out}.")
+    print(NOTICE)
+
+
+@app.command()
+def phantom(
+    out: Annotated[Path, typer.Option("-o", "--output", metavar="DIR")],
+    size: Annotated[int, typer.Option(min=16, max=512, help="Voxels along each edge; 224 mm field of view.")] = 128,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    tumour: Annotated[bool, typer.Option("--tumour/--healthy")] = True,
+) -> None:
+    """Write a registered head phantom: CT, MR T1, T2, FLAIR, SPECT and labels."""
+    from .phantom import make_phantom
+    from .volumes import write_volume
+
+    _make_folder(out)
+    for name, volume in make_phantom(size, seed=seed, tumour=tumour).items():
+        path = out / f"{name.lower()}.nrrd"
+        write_volume(volume, path, {"content": "ClinicalFMamba head phantom: synthetic, no patient"})
+        print(path)
+
+
+@app.command()
+def models(
+    verify: Annotated[bool, typer.Option("--verify", help="Check the files against their SHA-256.")] = False,
+) -> None:
+    """List the bundled models."""
+    from .pretrained import FOLDER, read_index, sha256
+
+    index = read_index()
+    if not index:
+        print("No model is bundled with this version; give the path of a .safetensors file to --model.")
+    damaged = []
+    for name, entry in index.items():
+        path = FOLDER / entry["file"]
+        modalities = entry["modalities"]
+        print(name)
+        lines = [
+            ("modalities", modalities if isinstance(modalities, str) else ", ".join(modalities)),
+            ("dimension", f"{entry['dimension']}D"),
+            ("file", f"{path.name}, {path.stat().st_size / 2**20:.1f} MiB" if path.is_file() else "missing"),
+            ("SHA-256", entry["sha256"]),
+        ]
+        intact = not verify or (path.is_file() and sha256(path) == entry["sha256"])
+        if verify:
+            lines.append(("checksum", "ok" if intact else "WRONG"))
+        if intact and path.is_file():
+            lines[2:2] = _size_of_network(path)
+        card = path.with_suffix(".md")
+        lines.append(("card", str(card) if card.is_file() else "missing"))
+        for key, value in lines:
+            print(f"  {key + ':':14}{value}")
+        if not intact:
+            damaged.append(name)
+    if damaged:
+        raise WeightsError(f"the weights of {', '.join(damaged)} are missing or corrupt; install ClinicalFMamba again")
+
+
+def _size_of_network(path: Path) -> list[tuple[str, str]]:
+    try:
+        require("torch", "counting parameters", "torch>=2.4")
+    except ClinicalFMambaError as error:
+        return [("parameters", f"not counted: {error}")]
+    from .models.clinicalfmamba import count_flops, count_parameters
+    from .pretrained import load_model
+
+    network, _ = load_model(path)
+    size = (256, 256) if network.config.dimension == 2 else (128, 128, 128)
+    words = "x".join(map(str, size))
+    return [
+        ("parameters", f"{count_parameters(network) / 1e6:.2f} M"),
+        ("operations", f"{count_flops(network.config, size) / 1e9:.1f} GFLOP for a pair of {words}"),
+    ]
+
+
+@app.command()
+def train(
+    preset: Annotated[str, typer.Argument(metavar="PRESET", help="Name of a preset, or a .yaml file.")],
+    data: Annotated[Path, typer.Option(metavar="DIR", help="DIR/{CT,PET,SPECT}/NAME.png beside DIR/MRI; or cases.")],
+    out: Annotated[Path, typer.Option("-o", "--output", metavar="DIR")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the preset.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in DIR.")] = False,
+) -> None:
+    """Train a model."""
+    if not data.is_dir():
+        raise InputError(f"{data}: no such folder; give the folder of the training data")
+    for module, package in (("torch", "torch>=2.4"), ("lightning", "lightning>=2.6"), ("yaml", "pyyaml")):
+        require(module, "training", package)
+    from .training import train as trainer
+
+    settings = trainer.load_preset(preset, overrides or [])
+    _make_folder(out)
+    logging.getLogger("ClinicalFMambaLib").setLevel(logging.INFO)
+    print(trainer.train(settings, Path(preset).name.removesuffix(".yaml"), data, out, resume))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

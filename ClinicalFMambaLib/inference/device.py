@@ -1,0 +1,69 @@
+"""Where the network runs and how much memory it may take there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..config import ModelConfig
+from ..errors import DeviceError
+from ..models.clinicalfmamba import STRIDE
+
+GIB = 2**30
+# Float32 values that live at once for each voxel of the padded input and each channel of the first level, measured as
+# the growth of the process's peak memory: 8 to 12 at 256² and at 64³ to 96³.
+_LIVE_VALUES = 12
+
+
+def choose_device(choice: str = "auto") -> tuple[torch.device, str]:
+    """The device and, in words, why it was taken.
+
+    Args:
+        choice: ``"auto"`` (a CUDA GPU where there is one, else the CPU), ``"cpu"``, ``"cuda"`` or ``"mps"``.
+
+    Raises:
+        DeviceError: the device was asked for and cannot be used.
+    """
+    if choice == "cpu":
+        return torch.device("cpu"), "asked for"
+    if choice == "mps":
+        if not torch.backends.mps.is_available():
+            raise DeviceError(
+                "device 'mps' was asked for, but there is no Apple GPU that torch can use; use --device cpu"
+            )
+        return torch.device("mps"), "asked for"
+    if choice not in ("auto", "cuda"):
+        raise DeviceError(f"device {choice!r} is unknown; use auto, cpu, cuda or mps")
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        return torch.device("cuda"), f"asked for ({name})" if choice == "cuda" else f"CUDA GPU found: {name}"
+    if torch.version.cuda is None and torch.version.hip is None:
+        why = f"torch {torch.__version__} is a CPU build"
+    else:
+        why = "the driver reports none"
+    if choice == "cuda":
+        raise DeviceError(f"device 'cuda' was asked for, but no CUDA GPU was found: {why}; use --device cpu or auto")
+    return torch.device("cpu"), f"no CUDA GPU found: {why}"
+
+
+def free_memory(device: torch.device) -> float | None:
+    """Bytes that are free on ``device``; None where the system does not say."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    if device.type == "cpu":
+        try:
+            lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+            (kib,) = (line.split()[1] for line in lines if line.startswith("MemAvailable"))
+            return float(kib) * 1024
+        except (OSError, ValueError):
+            return None
+    return None
+
+
+def memory_needed(config: ModelConfig, shape: Sequence[int]) -> float:
+    """Bytes that the network needs for one pair of ``shape``, (H, W) or (D, H, W); an estimate from above."""
+    padded = math.prod(-(-n // STRIDE) * STRIDE for n in shape)
+    return 4.0 * _LIVE_VALUES * config.channels[0] * padded
