@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 
 from ..config import ModelConfig
 from ..errors import OutputError, WeightsError, require
+from ..files import replacing
 
 FOLDER = Path(__file__).parent
 INDEX = FOLDER / "index.json"
@@ -23,13 +22,9 @@ def read_index() -> dict[str, dict]:
 def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -97,13 +92,8 @@ def save_weights(model, path: Path, metadata: dict[str, str]) -> Path:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        os.close(handle)
-        try:
-            save_file(state, temporary, {**metadata, "config": model.config.to_json()})
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+        raise OutputError(f"cannot create {path.parent}: {error.strerror or error}") from error
+    with replacing(path) as temporary:
+        save_file(state, temporary, {**metadata, "config": model.config.to_json()})
     return path

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from ..config import ModelConfig
 from ..errors import InputError
+from ..files import write_text
 from ..pretrained import find_weights, load_model, save_weights
 from .data import PairCrops, WholePairs, find_cases, find_pairs, split_by_patient
 from .losses import LossWeights
@@ -141,7 +142,7 @@ def train(preset: dict, name: str, data: Path, out: Path, resume: bool = False) 
         "device": str(trainer.strategy.root_device),
     }
     weights = save_weights(module.model, out / f"{name}.safetensors", {"name": name})
-    (out / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_text(out / f"{name}.json", json.dumps(record, indent=2) + "\n")
     return weights
 
 
