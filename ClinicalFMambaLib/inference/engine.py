@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import datetime
 import importlib.util
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -275,16 +276,16 @@ class FusionEngine:
                 "name": model.name,
                 "sha256": model.sha256,
                 "modalities": list(model.modalities),
-                "config": dataclasses.asdict(model.config),
+                "config": _plain(model.config),
             },
             "device": {"name": str(device), "reason": reason},
             "scan_backend": available_backends(device)[0],
             "plane": {"name": plane, "reason": why},
             "grid_difference": difference,
             "resampled": bool(difference),
-            "registration_check": dataclasses.asdict(registration) if registration else None,
+            "registration_check": _plain(registration) if registration else None,
             "output": {"type": str(volume.array.dtype), "colour": volume.is_colour, "scale": scale},
-            "settings": dataclasses.asdict(options),
+            "settings": _plain(options),
             "steps": run.steps,
             "seconds": round(sum(step["seconds"] for step in run.steps), 3),
             "warnings": list(run.warnings),
@@ -349,6 +350,11 @@ def _network(model: ClinicalFMamba) -> Callable[[torch.Tensor, torch.Tensor], to
     from .plan import build_plan
 
     return build_plan(model)
+
+
+def _plain(settings) -> dict:
+    """A dataclass as JSON has it, without tuples."""
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
 
 
 # ------------------------------------------------------------------------------------------------ inputs
