@@ -48,8 +48,10 @@ def inverse_order(order: torch.Tensor) -> torch.Tensor:
 @functools.lru_cache(maxsize=64)
 def scan_orders(shape: tuple[int, ...], scan: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """All orders of a scan and their inverses, each (K, L), on ``device``."""
-    orders = [scan_order(shape, direction) for direction in DIRECTIONS[scan]]
-    return torch.stack(orders).to(device), torch.stack([inverse_order(order) for order in orders]).to(device)
+    # the cache outlives an inference mode, and autograd refuses tensors that were made in one
+    with torch.inference_mode(False):
+        orders = [scan_order(shape, direction) for direction in DIRECTIONS[scan]]
+        return torch.stack(orders).to(device), torch.stack([inverse_order(order) for order in orders]).to(device)
 
 
 @functools.lru_cache(maxsize=64)
