@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import typer
 
 from . import NOTICE, __version__
 from .errors import ClinicalFMambaError, InputError, OutputError, WeightsError, require
+from .files import write_text
 
 log = logging.getLogger("ClinicalFMambaLib.cli")
 app = typer.Typer(
@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments without the program's name; those of the process by default.
     """
+    # Libraries' warnings are for programmers; without a handler of its own, logging would print them.
     logging.captureWarnings(True)
+    logging.getLogger("py.warnings").addHandler(logging.NullHandler())
     package, handler = logging.getLogger("ClinicalFMambaLib"), logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines())
     package.addHandler(handler)
@@ -55,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     finally:
         package.removeHandler(handler)
+        logging.captureWarnings(False)
 
 
 class _Lines(logging.Formatter):
@@ -109,21 +112,6 @@ def _make_folder(folder: Path) -> None:
     except OSError as error:
         raise OutputError(f"{folder}: cannot be created ({error.strerror}); choose another folder") from error
     _check_folder(folder / "file")
-
-
-def _write_json(path: Path, content) -> None:
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=2)
-                file.write("\n")
-            os.chmod(temporary, 0o644)  # mkstemp's files are the user's alone
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
 
 
 @contextlib.contextmanager
@@ -204,7 +192,7 @@ def fuse(
     if preview is not None:
         _write_preview(result, preview)
     if report is not None:
-        _write_json(report, {"output_file": str(out), **result.provenance})
+        write_text(report, json.dumps({"output_file": str(out), **result.provenance}, indent=2) + "\n")
     for warning in result.warnings:
         log.warning("%s", warning)
     _summarise(result, out, preview, report)
@@ -250,9 +238,9 @@ def _write_result(result, out: Path) -> None:
 def _write_preview(result, path: Path) -> None:
     from .preview import save_preview
 
-    inputs = result.provenance["inputs"]
+    names = [f"{i['name']} ({i['modality']})" for i in result.provenance["inputs"].values()]
     shown = result.volume.array if result.volume.is_colour else result.fused
-    panels = [(inputs["a"]["name"], result.a01), (inputs["b"]["name"], result.b01), ("fused", shown)]
+    panels = [(names[0], result.a01), (names[1], result.b01), ("fused", shown)]
     volume = result.volume
     title = f"ClinicalFMamba, {result.provenance['model']['name']}"
     save_preview(path, panels, volume.spacing, title, direction=volume.direction)
@@ -329,7 +317,7 @@ def models(
     for name, entry in index.items():
         path = FOLDER / entry["file"]
         modalities = entry["modalities"]
-        print(name)
+        print(f"{name}: {entry['description']}" if "description" in entry else name)
         lines = [
             ("modalities", modalities if isinstance(modalities, str) else ", ".join(modalities)),
             ("dimension", f"{entry['dimension']}D"),
@@ -341,7 +329,7 @@ def models(
             lines.append(("checksum", "ok" if intact else "WRONG"))
         if intact and path.is_file():
             lines[2:2] = _size_of_network(path)
-        card = path.with_suffix(".md")
+        card = FOLDER / entry.get("card", f"{name}.md")
         lines.append(("card", str(card) if card.is_file() else "missing"))
         for key, value in lines:
             print(f"  {key + ':':14}{value}")

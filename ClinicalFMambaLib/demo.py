@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,15 +12,14 @@ from pathlib import Path
 
 from . import NOTICE
 from .config import FusionOptions
-from .errors import MissingDependencyError, OutputError
+from .errors import MissingDependencyError
+from .files import write_text
 from .inference.colour import luma
 from .inference.engine import FusionEngine, FusionResult
 from .inference.intensity import apply_window, choose_window
 from .phantom import make_phantom
 from .preview import colourise, save_preview
 from .volumes import Volume, write_volume
-
-logger = logging.getLogger(__name__)
 
 # The quick ones: FSIM, FMI and VIF of a volume take longer than its fusion.
 METRICS = ("PSNR", "SSIM", "QABF", "SCD", "EN")
@@ -108,12 +105,12 @@ def run_demo(
             except MissingDependencyError as error:
                 skipped = str(error)
     if not skipped:
-        _write_text(folder / "metrics.json", json.dumps({"notice": NOTICE, "metrics": rows}, indent=2) + "\n")
+        write_text(folder / "metrics.json", json.dumps({"notice": NOTICE, "metrics": rows}, indent=2) + "\n")
         table = io.StringIO()
         writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-        _write_text(folder / "metrics.csv", table.getvalue())
+        write_text(folder / "metrics.csv", table.getvalue())
     report("done", 1.0)
     return DemoSummary(rows, models, skipped, tuple(warnings), time.perf_counter() - started)
 
@@ -127,7 +124,7 @@ def _coloured(spect: Volume) -> Volume:
 def _write(result: FusionResult, stem: Path, names: tuple[str, str]) -> None:
     volume = result.volume
     write_volume(volume, stem.with_suffix(".nrrd"), result.metadata())
-    _write_text(stem.with_suffix(".json"), json.dumps(result.provenance, indent=2) + "\n")
+    write_text(stem.with_suffix(".json"), json.dumps(result.provenance, indent=2) + "\n")
     shown = volume.array if volume.is_colour else result.fused
     panels = [(names[0], result.a01), (names[1], result.b01), ("fused", shown)]
     title = f"Phantom, {result.provenance['model']['name']}"
@@ -147,14 +144,3 @@ def _measure(pair: str, result: FusionResult) -> list[dict]:
     for method, image in (("network", result.fused), ("average", (a + b) / 2)):
         rows.append({"pair": pair, "method": method, **evaluate_all(image, a, b, METRICS)})
     return rows
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)
