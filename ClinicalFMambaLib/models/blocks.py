@@ -47,7 +47,8 @@ class CrossModalChannelAttention(nn.Module):
     def weights(self, reference: torch.Tensor) -> torch.Tensor:
         """One weight in (0, 1) for each channel, (B, C)."""
         pooled = self.reference(reference).flatten(2)
-        return torch.sigmoid(pooled.mean(-1) + pooled.amax(-1))
+        # max rather than amax: its gradient goes to one voxel, without passes over the whole map
+        return torch.sigmoid(pooled.mean(-1) + pooled.max(-1).values)
 
     def forward(self, query: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         weights = self.weights(reference)

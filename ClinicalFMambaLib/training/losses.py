@@ -45,9 +45,7 @@ class FusionLoss(nn.Module):
     def __init__(self, dimension: int, weights: LossWeights | None = None):
         super().__init__()
         self.weights = weights or LossWeights()
-        # a Gaussian 11³ window costs more than the network itself; 7³ uniform is MONAI's other standard
-        window = {"win_size": 11} if dimension == 2 else {"win_size": 7, "kernel_type": "uniform"}
-        self.ssim = SSIMLoss(spatial_dims=dimension, data_range=1.0, **window)
+        self.ssim = SSIMLoss(spatial_dims=2, data_range=1.0, win_size=11) if dimension == 2 else ssim_loss_3d
 
     def forward(self, fused, a, b) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         compute = {
@@ -63,6 +61,26 @@ class FusionLoss(nn.Module):
         weights = {field.name: getattr(self.weights, field.name) for field in fields(self.weights)}
         terms = {name: compute[name]() for name, weight in weights.items() if weight}
         return sum(weights[name] * term for name, term in terms.items()), {k: v.detach() for k, v in terms.items()}
+
+
+def ssim_loss_3d(fused: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """1 - SSIM of volumes (B, 1, D, H, W) in [0, 1] over uniform 7³ windows that lie inside, as MONAI defines it.
+
+    MONAI's own loss convolves with the whole 7³ kernel, whose gradient costs a third of a training step on the CPU;
+    the same window is separable.
+
+    Source: Wang et al., IEEE TIP 13(4), 2004, eq. 13.
+    """
+    moments = torch.cat([fused, source, fused * fused, source * source, fused * source]).float()
+    for axis in range(3):
+        kernel = [1, 1, 1]
+        kernel[axis] = 7
+        moments = F.conv3d(moments, moments.new_full((1, 1, *kernel), 1 / 7))
+    mean_f, mean_s, ff, ss, fs = moments.chunk(5)
+    product, squares = mean_f * mean_s, mean_f**2 + mean_s**2
+    c1, c2 = 0.01**2, 0.03**2
+    ssim = (2 * product + c1) * (2 * (fs - product) + c2) / ((squares + c1) * (ff + ss - squares + c2))
+    return 1 - ssim.mean()
 
 
 def slices(x: torch.Tensor) -> torch.Tensor:

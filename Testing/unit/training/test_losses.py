@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from monai.losses import SSIMLoss
 from scipy import ndimage
 
 from ClinicalFMambaLib.evaluation import metrics
@@ -84,3 +85,9 @@ def test_the_paper_weights_are_the_default():
     weights = LossWeights()
     assert (weights.pixel, weights.gradient, weights.ssim) == (2, 10, 5)
     assert (weights.edge, weights.vif, weights.scd) == (0, 0, 0)
+
+
+def test_ssim_of_volumes_agrees_with_monai():
+    fused, source = (torch.rand(2, 1, 12, 15, 9, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
+    expected = SSIMLoss(spatial_dims=3, data_range=1.0, win_size=7, kernel_type="uniform")(fused, source)
+    assert losses.ssim_loss_3d(fused, source) == pytest.approx(expected.item(), abs=1e-5)
