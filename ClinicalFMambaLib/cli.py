@@ -190,7 +190,9 @@ def fuse(
         result = FusionEngine().fuse(volume_a, volume_b, options, progress)
     _write_result(result, out)
     if preview is not None:
-        _write_preview(result, preview)
+        from .preview import save_fusion
+
+        save_fusion(preview, result)
     if report is not None:
         write_text(report, json.dumps({"output_file": str(out), **result.provenance}, indent=2) + "\n")
     for warning in result.warnings:
@@ -233,17 +235,6 @@ def _write_result(result, out: Path) -> None:
     if suffix_of(out) in IMAGE_SUFFIXES and volume.array.dtype != "uint8":
         volume, metadata["scale"] = replace(volume, array=to_uint8(result.fused)), "255 x network output"
     write_volume(volume, out, metadata)
-
-
-def _write_preview(result, path: Path) -> None:
-    from .preview import save_preview
-
-    names = [f"{i['name']} ({i['modality']})" for i in result.provenance["inputs"].values()]
-    shown = result.volume.array if result.volume.is_colour else result.fused
-    panels = [(names[0], result.a01), (names[1], result.b01), ("fused", shown)]
-    volume = result.volume
-    title = f"ClinicalFMamba, {result.provenance['model']['name']}"
-    save_preview(path, panels, volume.spacing, title, direction=volume.direction)
 
 
 def _summarise(result, out: Path, preview: Path | None, report: Path | None) -> None:

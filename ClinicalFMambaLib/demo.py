@@ -18,7 +18,7 @@ from .inference.colour import luma
 from .inference.engine import FusionEngine, FusionResult
 from .inference.intensity import apply_window, choose_window
 from .phantom import make_phantom
-from .preview import colourise, save_preview
+from .preview import colourise, save_fusion
 from .volumes import Volume, write_volume
 
 # The quick ones: FSIM, FMI and VIF of a volume take longer than its fusion.
@@ -84,7 +84,7 @@ def run_demo(
     report = progress or (lambda stage, fraction: None)
     report("making the phantom", 0.0)
     volumes = make_phantom(size)
-    volumes["SPECT colour"] = _coloured(volumes["SPECT"])
+    volumes["SPECT colour"] = coloured(volumes["SPECT"])
     for name, volume in volumes.items():
         write_volume(volume, folder / f"{name.lower().replace(' ', '-')}.nrrd", {"content": "synthetic, no patient"})
 
@@ -115,20 +115,16 @@ def run_demo(
     return DemoSummary(rows, models, skipped, tuple(warnings), time.perf_counter() - started)
 
 
-def _coloured(spect: Volume) -> Volume:
+def coloured(spect: Volume) -> Volume:
     """The counts in the colours of nuclear medicine, as SPECT comes out of an archive."""
     counts = apply_window(spect.array, choose_window(spect))
     return replace(spect, array=colourise(counts, "rainbow"), name="SPECT colour")
 
 
 def _write(result: FusionResult, stem: Path, names: tuple[str, str]) -> None:
-    volume = result.volume
-    write_volume(volume, stem.with_suffix(".nrrd"), result.metadata())
+    write_volume(result.volume, stem.with_suffix(".nrrd"), result.metadata())
     write_text(stem.with_suffix(".json"), json.dumps(result.provenance, indent=2) + "\n")
-    shown = volume.array if volume.is_colour else result.fused
-    panels = [(names[0], result.a01), (names[1], result.b01), ("fused", shown)]
-    title = f"Phantom, {result.provenance['model']['name']}"
-    save_preview(stem.with_suffix(".png"), panels, volume.spacing, title, direction=volume.direction)
+    save_fusion(stem.with_suffix(".png"), result, f"Phantom, {result.provenance['model']['name']}", names)
 
 
 def _measure(pair: str, result: FusionResult) -> list[dict]:

@@ -6,11 +6,15 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from . import NOTICE
 from .errors import InputError, OutputError, require
+
+if TYPE_CHECKING:
+    from .inference.engine import FusionResult
 
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 # Left, posterior, superior shown (down, right) and across: radiological convention, the patient's left on the right.
@@ -188,6 +192,28 @@ def save_preview(
             cuts = [plane(array, name, index, spacing, direction) for array in arrays]
             rows.append([_resized(picture, mm, pixel) for picture, mm in cuts])
     return _write(Path(path), _sheet(rows, names, [name for name, _ in panels], title, footer), title, footer)
+
+
+def save_fusion(
+    path: str | os.PathLike, result: FusionResult, title: str = "", names: Sequence[str] | None = None
+) -> Path:
+    """:func:`save_preview` of A, B and what was fused from them.
+
+    Args:
+        title: ``"ClinicalFMamba"`` and the model's name by default.
+        names: headings of the sources; their files and modalities by default.
+    """
+    inputs = result.provenance["inputs"].values()
+    names = names or [f"{i['name']} ({i['modality']})" for i in inputs]
+    volume = result.volume
+    shown = volume.array if volume.is_colour else result.fused
+    return save_preview(
+        path,
+        [(names[0], result.a01), (names[1], result.b01), ("fused", shown)],
+        volume.spacing,
+        title or f"ClinicalFMamba, {result.provenance['model']['name']}",
+        direction=volume.direction,
+    )
 
 
 def _checked(panels, spacing):

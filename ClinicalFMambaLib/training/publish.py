@@ -1,35 +1,49 @@
-"""Turn a finished training run into bundled weights: measure them, write the model card, enter them in the index."""
+"""Turn a finished training run into bundled weights: measure them, write the model card, enter them in the index.
+
+``python -m ClinicalFMambaLib.training.publish RUN --data DIR``
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import shutil
 from pathlib import Path
 
+import numpy as np
+
 from .. import NOTICE
+from ..config import FusionOptions
+from ..demo import coloured
+from ..evaluation.ceiling import ssim_ceiling
 from ..evaluation.evaluate import evaluate, markdown_table, summarise
 from ..files import replacing, write_text
 from ..inference.engine import FusionEngine
 from ..models.clinicalfmamba import count_parameters
-from ..pretrained import FOLDER, INDEX, load_model, read_index, sha256
-from ..preview import save_preview
-from .data import find_cases, find_pairs
+from ..phantom import make_phantom
+from ..pretrained import FOLDER, INDEX, load_model, sha256
+from ..preview import save_fusion
+from .data import find_cases, find_pairs, load_grey
+from .train import load_preset
 
 logger = logging.getLogger(__name__)
 
 TABLE = ("SSIM", "FSIM", "FMI", "QABF", "VIF", "SCD", "NABF", "PSNR")
 COMPARED = ("average", "maximum", "laplacian_pyramid", "wavelet", "guided_filter", "source_a", "source_b")
+# The ceiling of one pair takes ten seconds; this many tell it well enough.
+CEILING_PAIRS = 8
 
 
-def publish(run: Path, data: Path, about: dict, folder: Path = FOLDER) -> dict:
+def publish(run: Path, data: Path, folder: Path = FOLDER) -> dict:
     """Measure the weights of ``run`` on its validation patients and bundle them in ``folder``.
 
+    What the card says beside the measurements comes from the section ``card`` of the preset of the run's name. Its
+    pictures show the phantom; pictures of patients stay in ``run/pictures``, as the data's terms ask.
+
     Args:
-        run: a folder that :func:`.train.train` has filled: NAME.safetensors and NAME.json.
+        run: a folder that :func:`.train.train` has filled: NAME.safetensors, NAME.json and logs.
         data: the folder that the run was trained on; only its validation patients are read.
-        about: ``modalities`` (of the two inputs, in order), ``order`` (file names of the two sources), ``title``,
-            ``data`` (origin and terms), ``use`` and ``limits``, each one or more sentences of the card.
 
     Returns:
         The summary of :func:`..evaluation.evaluate.summarise`.
@@ -37,19 +51,23 @@ def publish(run: Path, data: Path, about: dict, folder: Path = FOLDER) -> dict:
     (record_file,) = run.glob("*.json")
     record = json.loads(record_file.read_text(encoding="utf-8"))
     name, source = record["name"], run / f"{record['name']}.safetensors"
+    about = load_preset(name)["card"]
     layout = record["preset"]["data"]["layout"]
-    found = find_pairs(data) if layout == "pairs" else find_cases(data, about["order"])
+    found = find_pairs(data) if layout == "pairs" else find_cases(data, about["sources"])
     cases = [case for case in found if case.patient in record["validation_patients"]]
-    shown = _one_for_each_patient(cases)
-
-    def draw(case: str, result) -> None:
-        if case in shown[:3]:
-            panels = [("A", result.a01), ("B", result.b01), (name, result.fused)]
-            volume = result.volume
-            save_preview(folder / f"{name}-{shown.index(case) + 1}.png", panels, volume.spacing, f"{name}, {case}")
-
-    rows = evaluate(FusionEngine(), str(source), cases, about["order"], COMPARED, TABLE, draw)
+    (run / "pictures").mkdir(exist_ok=True)
+    engine = FusionEngine()
+    rows = evaluate(
+        engine,
+        str(source),
+        cases,
+        about["sources"],
+        COMPARED,
+        TABLE,
+        lambda case, result: save_fusion(run / "pictures" / f"{case}.png", result),
+    )
     summary = summarise(rows)
+    ceiling = _ceiling(cases, about["sources"], rows) if layout == "pairs" else ""
     model, _ = load_model(source)
     with replacing(folder / f"{name}.safetensors") as temporary:
         shutil.copyfile(source, temporary)
@@ -61,21 +79,55 @@ def publish(run: Path, data: Path, about: dict, folder: Path = FOLDER) -> dict:
         "description": about["title"],
         "card": f"{name}.md",
     }
-    write_text(
-        folder / f"{name}.md", _card(name, entry, record, about, summary, count_parameters(model), len(shown[:3]))
-    )
-    write_text(INDEX, json.dumps({**read_index(), name: entry}, indent=2, sort_keys=True) + "\n")
+    _draw_phantom(engine, str(source), about["phantom"], folder / f"{name}.png")
+    _draw_curves(run / "logs", folder / f"{name}-curves.png")
+    write_text(folder / f"{name}.md", _card(name, entry, record, about, summary, count_parameters(model), ceiling))
+    index = folder / INDEX.name
+    known = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    write_text(index, json.dumps({**known, name: entry}, indent=2, sort_keys=True) + "\n")
     return summary
 
 
-def _one_for_each_patient(cases) -> list[str]:
-    """Name of the middle case of each patient."""
-    patients = dict.fromkeys(case.patient for case in cases)
-    mine = [[case.name for case in cases if case.patient == patient] for patient in patients]
-    return [names[len(names) // 2] for names in mine]
+def _draw_phantom(engine: FusionEngine, model: str, pair: list[str], path: Path) -> None:
+    volumes = make_phantom(128)
+    first, second = (coloured(volumes[name]) if name == "SPECT" else volumes[name] for name in pair)
+    result = engine.fuse(first, second, FusionOptions(model=model))
+    save_fusion(path, result, f"Phantom, {path.stem}", pair)
 
 
-def _card(name, entry, record, about, summary, parameters, pictures) -> str:
+def _draw_curves(logs: Path, path: Path) -> None:
+    """The loss in training and on the validation patients, from the run's TensorBoard log."""
+    from matplotlib.figure import Figure
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(logs))
+    log.Reload()
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for tag, label in (("loss", "training crops"), ("val_loss", "validation patients")):
+        if tag in log.Tags()["scalars"]:
+            events = log.Scalars(tag)
+            style = {"linewidth": 0.8} if tag == "loss" else {"marker": "o"}
+            axes.plot([e.step for e in events], [e.value for e in events], label=label, **style)
+    axes.set(xlabel="step", ylabel="loss", title=f"{path.stem.removesuffix('-curves')}: training")
+    axes.legend(frameon=False)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
+
+
+def _ceiling(cases, sources, rows) -> str:
+    """What SSIM some of the cases allow at all, and how far from it the model is, in one sentence."""
+    some = cases[:: max(1, -(-len(cases) // CEILING_PAIRS))]
+    names = {case.name for case in some}
+    reached = [r.values["SSIM"] for r in rows if r.method == "ClinicalFMamba" and r.case in names]
+    possible = [ssim_ceiling(*(load_grey(case.paths[s]) for s in sources)) for case in some]
+    return (
+        f"SSIM has a ceiling below one, as the sources differ: images optimised for it alone reach "
+        f"{np.mean(possible):.3f} on {len(some)} of these pairs, the model {np.mean(reached):.3f} on the same."
+    )
+
+
+def _card(name, entry, record, about, summary, parameters, ceiling) -> str:
     preset = record["preset"]
     settings = ", ".join(f"{k} {v}" for k, v in preset["training"].items() if v is not None)
     loss = ", ".join(f"{k} {v}" for k, v in preset["loss"].items())
@@ -85,7 +137,6 @@ def _card(name, entry, record, about, summary, parameters, pictures) -> str:
         if patients >= 3
         else f"Mean over {patients} patients: too few for an interval"
     )
-    gallery = "\n\n".join(f"![A, B and the fused image]({name}-{i + 1}.png)" for i in range(pictures))
     return f"""# {name}
 
 **{NOTICE}**
@@ -119,7 +170,13 @@ fusion of each column is bold; a single source is no fusion, but shows which met
 
 {markdown_table(summary, TABLE)}
 
-{gallery}
+{ceiling}
+
+![The phantom, A, B and fused]({name}.png)
+
+The picture shows the synthetic phantom, not a patient: the terms of the data forbid its images here.
+
+![Loss against steps]({name}-curves.png)
 
 ## Use
 
@@ -129,3 +186,12 @@ fusion of each column is bold; a single source is no fusion, but shows which met
 
 {about["limits"]}
 """
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    parser = argparse.ArgumentParser(description=publish.__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
+    arguments = parser.parse_args()
+    publish(arguments.run, arguments.data)
