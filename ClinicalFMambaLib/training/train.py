@@ -24,6 +24,7 @@ from ..pretrained import find_weights, load_model, save_weights
 from .data import PairCrops, WholePairs, find_cases, find_pairs, split_by_patient
 from .losses import LossWeights
 from .module import FusionModule
+from .warm_start import warm_start
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +97,7 @@ def train(preset: dict, name: str, data: Path, out: Path, resume: bool = False) 
     epochs = -(-settings["steps"] // settings["steps_per_epoch"])
     module = FusionModule(config, loss, settings["lr"], epochs * settings["steps_per_epoch"], settings["warmup"])
     if settings.get("init"):
-        warm, _ = load_model(find_weights(settings["init"])[1])
-        if warm.config != config:
-            raise InputError(f"training.init={settings['init']} holds another architecture than this preset's model")
-        module.model.load_state_dict(warm.state_dict())
+        warm_start(module.model, load_model(find_weights(settings["init"])[1])[0])
     last = out / "checkpoints" / "last.ckpt"
     started = time.time()
     trainer = pl.Trainer(
