@@ -1,7 +1,8 @@
 """The command line, ``clinicalfmamba``.
 
-Exit status: 0; 2 for bad input, with one line on stderr; 130 when interrupted. Results go to stdout, warnings and
-progress to stderr. What computes is imported inside the commands, so that help is quick and works without torch.
+Exit status: 0; 2 for bad input, with one line on stderr; 128 + signal when a signal ended it (130 for Ctrl-C).
+Results go to stdout, warnings and progress to stderr. What computes is imported inside the commands, so that help is
+quick and works without torch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Annotated
 import typer
 
 from . import NOTICE, __version__
-from .errors import ClinicalFMambaError, InputError, OutputError, WeightsError, require
+from .errors import ClinicalFMambaError, InputError, OutputError, Stopped, WeightsError, require
 from .files import write_text
 
 log = logging.getLogger("ClinicalFMambaLib.cli")
@@ -47,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     package.addHandler(handler)
     try:
         return typer.main.get_command(app).main(argv, prog_name="clinicalfmamba", standalone_mode=False) or 0
+    except Stopped as error:
+        _refuse(str(error))
+        return 128 + error.signal
     except ClinicalFMambaError as error:
         return _refuse(str(error))
     except _UsageErrors as error:
@@ -135,6 +139,8 @@ def _require_engine() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- commands
+
+_DATA = "DIR/MRI beside DIR/{CT,PET,SPECT}, NAME.png in each; or one folder a case; or a .csv table."
 
 
 @app.command()
@@ -359,24 +365,39 @@ def _size_of_network(path: Path) -> list[tuple[str, str]]:
 @app.command()
 def train(
     preset: Annotated[str, typer.Argument(metavar="PRESET", help="Name of a preset, or a .yaml file.")],
-    data: Annotated[Path, typer.Option(metavar="DIR", help="DIR/{CT,PET,SPECT}/NAME.png beside DIR/MRI; or cases.")],
+    data: Annotated[Path, typer.Option(metavar="DIR", help=_DATA)],
     out: Annotated[Path, typer.Option("-o", "--output", metavar="DIR")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the preset.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in DIR.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list what was found in the data and what is wrong with it.")
+    ] = False,
 ) -> None:
-    """Train a model."""
-    if not data.is_dir():
-        raise InputError(f"{data}: no such folder; give the folder of the training data")
+    """Train a model. SIGTERM and Ctrl-C save the state first; --resume continues from it."""
+    trainer = _trainer()
+    settings = trainer.load_preset(preset, overrides or [])
+    if dry_run:
+        with _progress_bar() as progress:
+            text, problems = trainer.dry_run(settings, data, progress and (lambda part: progress("reading", part)))
+        print(text)
+        if problems:
+            raise InputError(f"{len(problems)} problems of {data}, the first: {problems[0]}")
+        return
+    _make_folder(out)
+    weights = trainer.train(settings, Path(preset).name.removesuffix(".yaml"), data, out, resume)
+    trainer.rank_zero_only(print)(weights)
+
+
+def _trainer():
+    """The module :mod:`.training.train`, with its packages checked and its progress shown."""
     for module, package in (("torch", "torch>=2.4"), ("lightning", "lightning>=2.6"), ("yaml", "pyyaml")):
         require(module, "training", package)
     from .training import train as trainer
 
-    settings = trainer.load_preset(preset, overrides or [])
-    _make_folder(out)
-    logging.getLogger("ClinicalFMambaLib").setLevel(logging.INFO)
-    print(trainer.train(settings, Path(preset).name.removesuffix(".yaml"), data, out, resume))
+    log.parent.setLevel(logging.INFO)
+    return trainer
 
 
 if __name__ == "__main__":

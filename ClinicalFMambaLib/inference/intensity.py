@@ -70,7 +70,7 @@ def guess_modality(volume: Volume) -> str:
     path = Path(volume.path) if volume.path else None
     names = [volume.name, *([path.name, path.parent.name] if path else [])]
     for name in names:
-        found = _modality_of_name(name)
+        found = modality_of_name(name)
         if found:
             return found
     if volume.is_colour:
@@ -83,7 +83,8 @@ def guess_modality(volume: Volume) -> str:
     return "MR"
 
 
-def _modality_of_name(name: str) -> str:
+def modality_of_name(name: str) -> str:
+    """The modality that the words of a name state, ``""`` where they state none or several."""
     stem = re.sub(r"(\.nii)?\.[A-Za-z]+$", "", name) if "." in name else name
     # MRHead -> MR Head; sub_T1w stays whole
     split = re.sub(r"(?<=[A-Z])(?=[A-Z][a-z]{2})|(?<=[a-z])(?=[A-Z])", " ", stem)

@@ -8,13 +8,13 @@ import shutil
 from pathlib import Path
 
 from .. import NOTICE
+from ..cases import find_cases
 from ..evaluation.evaluate import evaluate, markdown_table, summarise
 from ..files import replacing, write_text
 from ..inference.engine import FusionEngine
 from ..models.clinicalfmamba import count_parameters
 from ..pretrained import FOLDER, INDEX, load_model, read_index, sha256
 from ..preview import save_preview
-from .data import find_cases, find_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +37,7 @@ def publish(run: Path, data: Path, about: dict, folder: Path = FOLDER) -> dict:
     (record_file,) = run.glob("*.json")
     record = json.loads(record_file.read_text(encoding="utf-8"))
     name, source = record["name"], run / f"{record['name']}.safetensors"
-    layout = record["preset"]["data"]["layout"]
-    found = find_pairs(data) if layout == "pairs" else find_cases(data, about["order"])
-    cases = [case for case in found if case.patient in record["validation_patients"]]
+    cases = [case for case in find_cases(data, about["order"]) if case.patient in record["validation_patients"]]
     shown = _one_for_each_patient(cases)
 
     def draw(case: str, result) -> None:

@@ -401,7 +401,7 @@ def test_demo_without_the_metrics_packages(run, bundle, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["mri-ct-2d", "--data", "{}/nowhere"], "no such folder"),
+        (["mri-ct-2d", "--data", "{}/nowhere"], "no such file or folder"),
         (["mri-xx-2d", "--data", "{}"], "unknown preset 'mri-xx-2d'"),
         (["mri-ct-2d", "--data", "{}", "training=3"], "section.key=value"),
         (["mri-ct-2d", "--data", "{}"], "no pairs"),
