@@ -120,7 +120,7 @@ def choose_window(volume: Volume, choice: str | tuple[float, float] | Window = "
     if isinstance(choice, Window):
         choice = (choice.low, choice.high)
     if not isinstance(choice, str) or "," in choice:
-        limits = _parse_limits(choice)
+        limits = parse_limits(choice)
         _check_values(volume, name)
         return Window(*limits, _unit(volume), "given")
     word = choice.strip().lower()
@@ -164,7 +164,7 @@ def count_nonfinite(array: np.ndarray) -> int:
     return int(array.size - np.count_nonzero(np.isfinite(array)))
 
 
-def _parse_limits(choice) -> tuple[float, float]:
+def parse_limits(choice) -> tuple[float, float]:
     parts = choice.split(",") if isinstance(choice, str) else choice
     try:
         low, high = (float(p) for p in parts)

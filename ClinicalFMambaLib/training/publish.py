@@ -40,7 +40,8 @@ def publish(run: Path, data: Path, about: dict, folder: Path = FOLDER) -> dict:
     cases = [case for case in find_cases(data, about["order"]) if case.patient in record["validation_patients"]]
     shown = _one_for_each_patient(cases)
 
-    def draw(case: str, result) -> None:
+    def draw(measured) -> None:
+        case, result = measured.case.name, measured.result
         if case in shown[:3]:
             panels = [("A", result.a01), ("B", result.b01), (name, result.fused)]
             volume = result.volume
