@@ -1,7 +1,8 @@
 """The command line, ``clinicalfmamba``.
 
-Exit status: 0; 2 for bad input, with one line on stderr; 130 when interrupted. Results go to stdout, warnings and
-progress to stderr. What computes is imported inside the commands, so that help is quick and works without torch.
+Exit status: 0; 2 for bad input, with one line on stderr; 128 + signal when a signal ended it (130 for Ctrl-C).
+Results go to stdout, warnings and progress to stderr. What computes is imported inside the commands, so that help is
+quick and works without torch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Annotated
 import typer
 
 from . import NOTICE, __version__
-from .errors import ClinicalFMambaError, InputError, OutputError, WeightsError, require
+from .errors import ClinicalFMambaError, InputError, OutputError, Stopped, WeightsError, require
 from .files import write_text
 
 log = logging.getLogger("ClinicalFMambaLib.cli")
@@ -47,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     package.addHandler(handler)
     try:
         return typer.main.get_command(app).main(argv, prog_name="clinicalfmamba", standalone_mode=False) or 0
+    except Stopped as error:
+        _refuse(str(error))
+        return 128 + error.signal
     except ClinicalFMambaError as error:
         return _refuse(str(error))
     except _UsageErrors as error:
@@ -135,6 +139,9 @@ def _require_engine() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- commands
+
+_DATA = "DIR/MRI beside DIR/{CT,PET,SPECT}, NAME.png in each; or one folder a case; or a .csv table."
+_SOURCES = "Names of the two sources, the anatomical one first; found by default."
 
 
 @app.command()
@@ -350,24 +357,156 @@ def _size_of_network(path: Path) -> list[tuple[str, str]]:
 @app.command()
 def train(
     preset: Annotated[str, typer.Argument(metavar="PRESET", help="Name of a preset, or a .yaml file.")],
-    data: Annotated[Path, typer.Option(metavar="DIR", help="DIR/{CT,PET,SPECT}/NAME.png beside DIR/MRI; or cases.")],
+    data: Annotated[Path, typer.Option(metavar="DIR", help=_DATA)],
     out: Annotated[Path, typer.Option("-o", "--output", metavar="DIR")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the preset.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in DIR.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list what was found in the data and what is wrong with it.")
+    ] = False,
 ) -> None:
-    """Train a model."""
-    if not data.is_dir():
-        raise InputError(f"{data}: no such folder; give the folder of the training data")
+    """Train a model. SIGTERM and Ctrl-C save the state first; --resume continues from it."""
+    trainer = _trainer()
+    settings = trainer.load_preset(preset, overrides or [])
+    if dry_run:
+        with _progress_bar() as progress:
+            text, problems = trainer.dry_run(settings, data, progress and (lambda part: progress("reading", part)))
+        print(text)
+        if problems:
+            raise InputError(f"{len(problems)} problems of {data}, the first: {problems[0]}")
+        return
+    _make_folder(out)
+    weights = trainer.train(settings, Path(preset).name.removesuffix(".yaml"), data, out, resume)
+    trainer.rank_zero_only(print)(weights)
+
+
+def _trainer():
+    """The module :mod:`.training.train`, with its packages checked and its progress shown."""
     for module, package in (("torch", "torch>=2.4"), ("lightning", "lightning>=2.6"), ("yaml", "pyyaml")):
         require(module, "training", package)
     from .training import train as trainer
 
-    settings = trainer.load_preset(preset, overrides or [])
+    log.parent.setLevel(logging.INFO)
+    return trainer
+
+
+@app.command()
+def evaluate(
+    data: Annotated[Path, typer.Option(metavar="DIR", help=_DATA)],
+    out: Annotated[Path, typer.Option("-o", "--output", metavar="DIR")],
+    model: Annotated[str, typer.Option(metavar="NAME|PATH", help="Bundled model or .safetensors file.")] = "auto",
+    sources: Annotated[str, typer.Option(metavar="A,B", help=_SOURCES)] = "",
+    patients: Annotated[str, typer.Option(metavar="P,...", help="Only these patients.")] = "",
+    peer: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=DIR", help="Fused images of another method, named as the cases.")
+    ] = None,
+    metrics: Annotated[str, typer.Option(metavar="M,...", help="Only these metrics.")] = "",
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|mps")] = "auto",
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes that compute metrics.")] = None,
+) -> None:
+    """Measure a model against the baseline fusions: metrics.csv, summary.json, report.html with pictures."""
+    _require_evaluation()
+    from .evaluation.report import evaluate_data
+    from .inference.engine import FusionEngine
+
+    cases, order = _cases_of(data, sources, patients)
+    chosen, peers = _metrics_of(metrics), dict(_named_folder(text) for text in peer or [])
+    engine = FusionEngine(device)
     _make_folder(out)
-    logging.getLogger("ClinicalFMambaLib").setLevel(logging.INFO)
-    print(trainer.train(settings, Path(preset).name.removesuffix(".yaml"), data, out, resume))
+    rows = evaluate_data(engine, model, data, cases, order, out, chosen, peers, jobs)
+    _print_summary(rows)
+    print(f"The report is {out / 'report.html'}.")
+
+
+@app.command()
+def score(
+    fused: Annotated[Path, typer.Argument(metavar="FUSED_DIR", help="Fused images, named as the cases of the data.")],
+    data: Annotated[Path, typer.Option(metavar="DIR", help=_DATA)],
+    out: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.csv")],
+    sources: Annotated[str, typer.Option(metavar="A,B", help=_SOURCES)] = "",
+    values: Annotated[
+        str, typer.Option("--range", metavar="LO,HI", help="Values in the fused files that mean black and white.")
+    ] = "",
+    metrics: Annotated[str, typer.Option(metavar="M,...", help="Only these metrics.")] = "",
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes that compute metrics.")] = None,
+) -> None:
+    """Measure anybody's fused images with the same metrics."""
+    if out.suffix.lower() != ".csv":
+        raise InputError(f"{out}: the table is a CSV file; give a name that ends with .csv")
+    _check_folder(out)
+    _require_evaluation()
+    from .evaluation.evaluate import score as measure
+    from .evaluation.evaluate import write_csv
+
+    limits = None
+    if values:
+        from .inference.intensity import parse_limits
+
+        limits = parse_limits(values)
+    cases, order = _cases_of(data, sources, "")
+    rows = measure(fused, cases, order, _metrics_of(metrics), limits, jobs)
+    write_csv(rows, out)
+    _print_summary(rows)
+
+
+def _require_evaluation() -> None:
+    _require_engine()
+    for module, package in (
+        ("skimage", "scikit-image"),
+        ("torchmetrics", "torchmetrics"),
+        ("pywt", "PyWavelets"),
+        ("PIL", "pillow"),
+        ("matplotlib", "matplotlib"),
+    ):
+        require(module, "the evaluation", package)
+    log.parent.setLevel(logging.INFO)
+
+
+def _cases_of(data: Path, sources: str, patients: str):
+    """The cases to measure, all of them readable, and the names of their two sources."""
+    from .cases import check_cases, find_cases
+
+    wanted = [word.strip() for word in sources.split(",") if word.strip()]
+    if wanted and len(wanted) != 2:
+        raise InputError(f"--sources {sources} should name two sources, the anatomical one first, such as MRI,CT")
+    cases = find_cases(data, wanted)
+    if chosen := {word.strip() for word in patients.split(",") if word.strip()}:
+        known = {case.patient for case in cases}
+        if strangers := sorted(chosen - known):
+            raise InputError(f"patients {', '.join(strangers)} are not in {data}; there are {', '.join(sorted(known))}")
+        cases = [case for case in cases if case.patient in chosen]
+    order = wanted or list(cases[0].paths)[:2]
+    with _progress_bar() as progress:
+        problems = check_cases(cases, order, progress and (lambda part: progress("reading", part)))
+    if problems:
+        raise InputError(problems[0] + (f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""))
+    return cases, order
+
+
+def _metrics_of(text: str) -> tuple[str, ...]:
+    from .evaluation.evaluate import STANDARD
+    from .evaluation.metrics import METRICS
+
+    names = tuple(word.strip() for word in text.split(",") if word.strip())
+    if unknown := [name for name in names if name not in METRICS]:
+        raise InputError(f"unknown metric {unknown[0]!r}; known are {', '.join(METRICS)}")
+    return names or STANDARD
+
+
+def _named_folder(text: str) -> tuple[str, Path]:
+    name, separator, folder = text.partition("=")
+    if not (name and separator and folder):
+        raise InputError(f"--peer {text} should read NAME=DIR, such as IFCNN=results/ifcnn")
+    return name, Path(folder)
+
+
+def _print_summary(rows) -> None:
+    from .evaluation.evaluate import markdown_table, summarise
+
+    print(markdown_table(summarise(rows), list(rows[0].values)))
+    print(NOTICE)
 
 
 if __name__ == "__main__":

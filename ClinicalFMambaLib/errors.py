@@ -29,6 +29,22 @@ class Cancelled(ClinicalFMambaError):
     """The caller asked to stop; nothing was written."""
 
 
+class TrainingError(ClinicalFMambaError):
+    """Training cannot go on."""
+
+
+class Stopped(ClinicalFMambaError):
+    """A signal ended a training run, and what was done is saved.
+
+    Attributes:
+        signal: its number; the command line exits with 128 + signal, as shells do.
+    """
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal
+
+
 def require(module: str, why: str, install: str | None = None):
     """Import ``module`` or raise :class:`MissingDependencyError` that names the fix.
 

@@ -178,7 +178,7 @@ def save_preview(
     arrays = _checked(panels, spacing)
     shape = arrays[0].shape[:3]
     if shape[0] == 1:
-        rows = [[_resized(array[0], (1.0, 1.0)) for array in arrays]]
+        rows = [[enlarged(array[0]) for array in arrays]]
         names = [""]
     else:
         centre = informative_centre(arrays) if centre is None else tuple(int(c) for c in centre)
@@ -191,7 +191,34 @@ def save_preview(
             index = centre[axes[through][0]]
             cuts = [plane(array, name, index, spacing, direction) for array in arrays]
             rows.append([_resized(picture, mm, pixel) for picture, mm in cuts])
-    return _write(Path(path), _sheet(rows, names, [name for name, _ in panels], title, footer), title, footer)
+    return save_sheet(path, rows, names, [name for name, _ in panels], title, footer)
+
+
+def save_sheet(
+    path: str | os.PathLike,
+    rows: Sequence[Sequence[np.ndarray]],
+    names: Sequence[str],
+    titles: Sequence[str],
+    title: str = "",
+    footer: str = NOTICE,
+) -> Path:
+    """Write rows of pictures as one PNG, in one step.
+
+    Args:
+        rows: uint8 pictures (rows, columns[, 3]); those of a row have one height.
+        names: of the rows, ``""`` for none.
+        titles: of the columns.
+
+    Raises:
+        OutputError: the file cannot be written.
+        MissingDependencyError: Pillow is not installed.
+    """
+    return _write(Path(path), _sheet(rows, names, titles, title, footer), title, footer)
+
+
+def enlarged(picture: np.ndarray) -> np.ndarray:
+    """A picture in [0, 1] or uint8 as uint8, enlarged by a whole number to at least 256 pixels."""
+    return _resized(picture, (1.0, 1.0))
 
 
 def save_fusion(

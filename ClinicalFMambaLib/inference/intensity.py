@@ -70,7 +70,7 @@ def guess_modality(volume: Volume) -> str:
     path = Path(volume.path) if volume.path else None
     names = [volume.name, *([path.name, path.parent.name] if path else [])]
     for name in names:
-        found = _modality_of_name(name)
+        found = modality_of_name(name)
         if found:
             return found
     if volume.is_colour:
@@ -83,7 +83,8 @@ def guess_modality(volume: Volume) -> str:
     return "MR"
 
 
-def _modality_of_name(name: str) -> str:
+def modality_of_name(name: str) -> str:
+    """The modality that the words of a name state, ``""`` where they state none or several."""
     stem = re.sub(r"(\.nii)?\.[A-Za-z]+$", "", name) if "." in name else name
     # MRHead -> MR Head; sub_T1w stays whole
     split = re.sub(r"(?<=[A-Z])(?=[A-Z][a-z]{2})|(?<=[a-z])(?=[A-Z])", " ", stem)
@@ -119,7 +120,7 @@ def choose_window(volume: Volume, choice: str | tuple[float, float] | Window = "
     if isinstance(choice, Window):
         choice = (choice.low, choice.high)
     if not isinstance(choice, str) or "," in choice:
-        limits = _parse_limits(choice)
+        limits = parse_limits(choice)
         _check_values(volume, name)
         return Window(*limits, _unit(volume), "given")
     word = choice.strip().lower()
@@ -163,7 +164,7 @@ def count_nonfinite(array: np.ndarray) -> int:
     return int(array.size - np.count_nonzero(np.isfinite(array)))
 
 
-def _parse_limits(choice) -> tuple[float, float]:
+def parse_limits(choice) -> tuple[float, float]:
     parts = choice.split(",") if isinstance(choice, str) else choice
     try:
         low, high = (float(p) for p in parts)

@@ -83,9 +83,9 @@ def load_model(path: Path):
 
 
 def save_weights(model, path: Path, metadata: dict[str, str]) -> Path:
-    """Write a network's weights in half precision with its configuration as metadata; atomic."""
+    """Write a network's weights in half precision with its configuration as metadata; atomic, same bytes each time."""
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     state = {k: v.half() if v.dtype == torch.float32 else v for k, v in model.state_dict().items()}
     state = {k: v.contiguous().cpu() for k, v in state.items()}
@@ -94,6 +94,15 @@ def save_weights(model, path: Path, metadata: dict[str, str]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot create {path.parent}: {error.strerror or error}") from error
+    content = save(state, {**metadata, "config": model.config.to_json()})
     with replacing(path) as temporary:
-        save_file(state, temporary, {**metadata, "config": model.config.to_json()})
+        temporary.write_bytes(_sorted_header(content))
     return path
+
+
+def _sorted_header(content: bytes) -> bytes:
+    """A safetensors file with the keys of its JSON header sorted: the library writes metadata in any order."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[end:]

@@ -1,65 +1,17 @@
-"""Pairs of registered images and volumes for training, split by patient.
-
-Layouts:
-    pairs: ``DIR/{CT,PET,SPECT}/NAME.png`` beside ``DIR/MRI/NAME.png`` (AANLIB). The patient is the file name
-        without its last three digits, or the whole name where it has fewer than four digits.
-    cases: one folder a case with ``{t1ce,t1,t2,flair}.nii.gz`` (BraTS). The patient is the folder.
-"""
+"""Crops of registered pairs for training and validation, split by patient."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
+from torch.utils.data.distributed import DistributedSampler
 
+from ..cases import Case, load_case
 from ..errors import InputError
-
-FUNCTIONAL = ("CT", "SPECT", "PET")
-CASE_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One registered set of images: patient, name, and the path of each modality."""
-
-    patient: str
-    name: str
-    paths: dict[str, Path]
-
-
-def find_pairs(folder: Path) -> list[Case]:
-    """The registered image pairs below ``folder``; raises :class:`InputError` where there is none."""
-    others = [name for name in FUNCTIONAL if (folder / name).is_dir()]
-    if not (folder / "MRI").is_dir() or not others:
-        raise InputError(f"{folder} has no pairs: expected MRI/NAME.png beside one of {', '.join(FUNCTIONAL)}/NAME.png")
-    cases = []
-    for other in others:
-        for path in sorted((folder / other).glob("*.png")):
-            mri = folder / "MRI" / path.name
-            if not mri.is_file():
-                raise InputError(f"{path} has no partner {mri}")
-            patient = path.stem[:-3] if path.stem.isdigit() and len(path.stem) > 3 else path.stem
-            cases.append(Case(patient, path.stem, {"MRI": mri, other: path}))
-    if not cases:
-        raise InputError(f"{folder} has no pairs: its folders hold no PNG file")
-    return sorted(cases, key=lambda case: (len(case.name), case.name))
-
-
-def find_cases(folder: Path, sequences: Sequence[str]) -> list[Case]:
-    """The folders below ``folder`` that hold all ``sequences``; raises :class:`InputError` where there is none."""
-    cases = []
-    for path in sorted(p for p in folder.iterdir() if p.is_dir()):
-        found = {s: next((f for e in CASE_SUFFIXES if (f := path / f"{s}{e}").is_file()), None) for s in sequences}
-        if all(found.values()):
-            cases.append(Case(path.name, path.name, found))
-    if not cases:
-        raise InputError(f"{folder} has no case folder that holds all of {', '.join(sequences)} (.nii.gz, .nrrd, .mha)")
-    return cases
 
 
 def split_by_patient(cases: Sequence[Case], validation: Sequence[str] | float, seed: int):
@@ -72,7 +24,14 @@ def split_by_patient(cases: Sequence[Case], validation: Sequence[str] | float, s
         InputError: one side would be empty, or a named patient does not exist.
     """
     patients = sorted({case.patient for case in cases})
-    if isinstance(validation, float):
+    if len(patients) < 2:
+        raise InputError(
+            f"{len(cases)} cases of {len(patients)} patient ({', '.join(patients)}): at least 2 patients are needed to"
+            " split them into training and validation; a .csv table with a column patient can name them"
+        )
+    if isinstance(validation, (int, float)):
+        if not 0 < validation < 1:
+            raise InputError(f"data.validation={validation} must be a share between 0 and 1, or a list of patients")
         held = set(random.Random(seed).sample(patients, max(1, round(validation * len(patients)))))
     else:
         held = {str(p) for p in validation}
@@ -82,83 +41,111 @@ def split_by_patient(cases: Sequence[Case], validation: Sequence[str] | float, s
     kept = [case for case in cases if case.patient in held]
     if not train or not kept:
         raise InputError(
-            f"{len(patients)} patients cannot be split into training and validation; at least 2 are needed"
+            f"validation patients {sorted(held)} of the patients {patients}: training and validation need one at least"
         )
     return train, kept
 
 
-def load_grey(path: Path) -> np.ndarray:
-    """Image or volume as (H, W) or (D, H, W) float32 in [0, 1] in the windows that the engine would choose."""
-    from ..inference.colour import luma
-    from ..inference.intensity import apply_window, choose_window
-    from ..volumes import read_volume
+class PairCrops(Dataset):
+    """Random crops of pairs with augmentation; the images are kept in memory as 16 bit.
 
-    volume = read_volume(path)
-    array = luma(volume.array) if volume.is_colour else apply_window(volume.array, choose_window(volume))
-    return array[0] if volume.is_image else array
+    An item is a (2, 1, *crop) float32 tensor, the anatomical source first. Its index is (epoch, number): each has
+    draws of its own from the seed, so that processes, workers and resumed runs see what one uninterrupted process
+    would see. Crops are drawn around a voxel that is not background; 2D crops of volumes are axial slices.
 
+    Args:
+        crop: edge in pixels or voxels.
+        swap: draw two of the sources in any order, instead of the first two in theirs.
 
-class PairCrops(IterableDataset):
-    """Endless random crops of pairs with augmentation, kept in memory as 8 or 16 bit.
-
-    Yields (2, 1, *crop) float32 tensors: the anatomical source first. Each worker, epoch and rank draws its own
-    sequence from the seed. Crops are drawn around a voxel that is not background.
+    Raises:
+        InputError: a file cannot be read, or the sources of a case do not fit each other.
     """
 
-    def __init__(self, cases, order, crop, *, dimension, seed, swap=False, augment=True, length=1000):
-        self.crop, self.dimension = (crop,) * dimension, dimension
-        self.seed, self.swap, self.augment, self.length = seed, swap, augment, length
-        self.epoch = 0
-        self.images = []
+    def __init__(self, cases, order, crop, *, dimension, seed, swap=False, augment=True):
+        self.crop, self.seed, self.swap, self.augment = (crop,) * dimension, seed, swap, augment
+        self.images, self.slices = [], []
         for case in cases:
-            stack = np.stack([load_grey(case.paths[name]) for name in order if name in case.paths])
-            self.images.append(np.round(stack * 65535).astype(np.uint16))
+            stack = np.round(load_case(case, order) * 65535).astype(np.uint16)
+            if stack.ndim - 1 < dimension:
+                raise InputError(f"{case.name} is an image, and this preset trains on volumes; use a 2D preset")
+            self.images.append(stack)
+            self.slices.append(_filled_slices(stack) if stack.ndim - 1 > dimension else None)
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        worker = torch.utils.data.get_worker_info()
-        rank, world = _rank()
-        shard, shards = (worker.id, worker.num_workers) if worker else (0, 1)
-        rng = np.random.default_rng([self.seed, self.epoch, rank, shard])
-        for _ in range(self.length // (shards * world)):
-            yield self.sample(rng)
+    def __getitem__(self, index: tuple[int, int]) -> torch.Tensor:
+        return self.sample(np.random.default_rng([self.seed, *index]))
 
     def sample(self, rng: np.random.Generator) -> torch.Tensor:
-        stack = self.images[rng.integers(len(self.images))]
-        chosen = [0, 1]
-        if self.swap:
-            chosen = list(rng.choice(len(stack), 2, replace=False))
-        window = _crop_around_content(stack[chosen], self.crop, rng)
-        pair = np.stack([_fit(stack[i][window], self.crop) for i in chosen]).astype(np.float32) / 65535
+        number = rng.integers(len(self.images))
+        stack, slices = self.images[number], self.slices[number]
+        chosen = list(rng.choice(len(stack), 2, replace=False)) if self.swap else [0, 1]
+        pair = stack[chosen] if slices is None else stack[chosen, rng.choice(slices)]
+        window = _crop_around_content(pair, self.crop, rng)
+        pair = np.stack([_fit(image[window], self.crop) for image in pair]).astype(np.float32) / 65535
         if self.augment:
             pair = _augment(pair, rng)
         return torch.from_numpy(np.ascontiguousarray(pair))[:, None]
 
 
-class WholePairs(Dataset):
-    """Whole pairs without augmentation, for validation: name and (2, 1, *size)."""
+class CropSampler(DistributedSampler):
+    """The indices (epoch, number) of :class:`PairCrops`, dealt out to the processes of a distributed run.
 
-    def __init__(self, cases: Sequence[Case], order: Sequence[str]):
-        self.cases, self.order = list(cases), order
+    Args:
+        length: crops of an epoch over all processes.
+        start: crops of this process that the first epoch has already seen, when a run resumes in it.
+    """
+
+    def __init__(self, length: int, replicas: int, rank: int, epoch: int = 0, start: int = 0):
+        super().__init__(range(length), replicas, rank, shuffle=False)
+        self.epoch, self.first_epoch, self.start = epoch, epoch, start
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        skipped = self.start if self.epoch == self.first_epoch else 0
+        for number in list(super().__iter__())[skipped:]:
+            yield self.epoch, number
+
+
+class ValidationPairs(Dataset):
+    """Pairs without augmentation: whole images, three axial slices of a volume for 2D, its middle for 3D.
+
+    An item is a (2, 1, *size) float32 tensor of the first two sources.
+
+    Args:
+        crop: edge (voxels) of the middle of a volume.
+    """
+
+    def __init__(self, cases: Sequence[Case], order: Sequence[str], *, dimension: int, crop: int):
+        self.order, self.dimension, self.crop = list(order)[:2], dimension, crop
+        self.items = [(case, k) for case in cases for k in range(self._count(case))]
+
+    def _count(self, case: Case) -> int:
+        return 3 if self.dimension == 2 and load_case(case, self.order).ndim == 4 else 1
 
     def __len__(self) -> int:
-        return len(self.cases)
+        return len(self.items)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        case = self.cases[index]
-        stack = np.stack([load_grey(case.paths[name]) for name in self.order if name in case.paths][:2])
-        return torch.from_numpy(stack)[:, None]
+        case, k = self.items[index]
+        pair = load_case(case, self.order)
+        if pair.ndim == 4 and self.dimension == 2:
+            filled = _filled_slices(pair)
+            pair = pair[:, filled[len(filled) * (k + 1) // 4]]
+        elif pair.ndim == 4:
+            pair = pair[(slice(None), *_middle(pair, self.crop))]
+        return torch.from_numpy(np.ascontiguousarray(pair))[:, None]
 
 
-def _rank() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
+def _filled_slices(pair: np.ndarray) -> np.ndarray:
+    """Axial slices of (S, D, H, W) that hold at least half as much as the fullest one; one at least."""
+    filled = np.count_nonzero(pair[0], axis=(1, 2))
+    return np.flatnonzero(2 * filled >= max(filled.max(), 1)) if filled.any() else np.array([pair.shape[1] // 2])
+
+
+def _middle(pair: np.ndarray, crop: int) -> tuple[slice, ...]:
+    """The cube of edge ``crop`` around the middle of what is not background, or as much as there is."""
+    inside = np.argwhere(pair.any(axis=0))
+    middle = (inside.min(0) + inside.max(0)) // 2 if len(inside) else np.array(pair.shape[1:]) // 2
+    starts = [max(0, min(int(m) - crop // 2, n - crop)) for m, n in zip(middle, pair.shape[1:])]
+    return tuple(slice(s, s + crop) for s in starts)
 
 
 def _crop_around_content(pair: np.ndarray, crop: Sequence[int], rng) -> tuple[slice, ...]:

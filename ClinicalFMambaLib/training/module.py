@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import lightning.pytorch as pl
 import torch
 
@@ -21,6 +23,33 @@ class FusionModule(pl.LightningModule):
         self.model = ClinicalFMamba(model)
         self.loss = FusionLoss(model.dimension, loss)
         self.lr, self.steps, self.warmup = lr, steps, warmup
+        self.skip_validation = False
+        self.freeze_norm = False
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.freeze_norm:
+            for norm in self._norms():
+                norm.eval()
+        return self
+
+    def _norms(self) -> list[torch.nn.Module]:
+        return [m for m in self.modules() if isinstance(m, (torch.nn.BatchNorm2d, torch.nn.BatchNorm3d))]
+
+    def measure_norms(self, pairs: Sequence[torch.Tensor], batch: int) -> None:
+        """Set the statistics of the batch norms to their mean over ``pairs``, (2, 1, *size) each."""
+        norms = self._norms()
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain mean
+        self.train()
+        with torch.no_grad():
+            for start in range(0, len(pairs), batch):
+                stack = torch.stack(list(pairs[start : start + batch]))
+                self(stack[:, 0], stack[:, 1])
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return self.model(a, b)
@@ -30,18 +59,24 @@ class FusionModule(pl.LightningModule):
         fused = self(a, b).float()
         # variances and edge ratios of the loss do not survive bfloat16
         with torch.autocast(fused.device.type, enabled=False):
-            return self.loss(fused, a, b)
+            return fused, *self.loss(fused, a, b)
 
     def training_step(self, pairs: torch.Tensor, _index: int) -> torch.Tensor:
-        loss, terms = self._losses(pairs)
+        _, loss, terms = self._losses(pairs)
         self.log("loss", loss, prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in terms.items()})
         return loss
 
-    def validation_step(self, pairs: torch.Tensor, _index: int) -> None:
-        loss, terms = self._losses(pairs)
+    def validation_step(self, pairs: torch.Tensor, _index: int) -> dict[str, torch.Tensor] | None:
+        if self.skip_validation:
+            return None
+        fused, loss, terms = self._losses(pairs)
         self.log("val_loss", loss, prog_bar=True, sync_dist=True, batch_size=len(pairs))
         self.log_dict({f"val/{k}": v for k, v in terms.items()}, sync_dist=True, batch_size=len(pairs))
+        return {"fused": fused}
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["architecture"] = self.model.config.to_json()
 
     def configure_optimizers(self):
         optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import NOTICE
+from ..cases import find_cases, load_case
 from ..config import FusionOptions
 from ..demo import coloured
 from ..evaluation.ceiling import ssim_ceiling
@@ -24,7 +25,6 @@ from ..models.clinicalfmamba import count_parameters
 from ..phantom import make_phantom
 from ..pretrained import FOLDER, INDEX, load_model, sha256
 from ..preview import save_fusion
-from .data import find_cases, find_pairs, load_grey
 from .train import load_preset
 
 logger = logging.getLogger(__name__)
@@ -52,9 +52,7 @@ def publish(run: Path, data: Path, folder: Path = FOLDER) -> dict:
     record = json.loads(record_file.read_text(encoding="utf-8"))
     name, source = record["name"], run / f"{record['name']}.safetensors"
     about = load_preset(name)["card"]
-    layout = record["preset"]["data"]["layout"]
-    found = find_pairs(data) if layout == "pairs" else find_cases(data, about["sources"])
-    cases = [case for case in found if case.patient in record["validation_patients"]]
+    cases = [case for case in find_cases(data, about["sources"]) if case.patient in record["validation_patients"]]
     (run / "pictures").mkdir(exist_ok=True)
     engine = FusionEngine()
     rows = evaluate(
@@ -64,11 +62,11 @@ def publish(run: Path, data: Path, folder: Path = FOLDER) -> dict:
         about["sources"],
         COMPARED,
         TABLE,
-        lambda case, result: save_fusion(run / "pictures" / f"{case}.png", result),
+        lambda measured: save_fusion(run / "pictures" / f"{measured.case.name}.png", measured.result),
     )
     summary = summarise(rows)
-    ceiling = _ceiling(cases, about["sources"], rows) if layout == "pairs" else ""
     model, _ = load_model(source)
+    ceiling = _ceiling(cases, about["sources"], rows) if model.config.dimension == 2 else ""
     with replacing(folder / f"{name}.safetensors") as temporary:
         shutil.copyfile(source, temporary)
     entry = {
@@ -120,16 +118,30 @@ def _ceiling(cases, sources, rows) -> str:
     some = cases[:: max(1, -(-len(cases) // CEILING_PAIRS))]
     names = {case.name for case in some}
     reached = [r.values["SSIM"] for r in rows if r.method == "ClinicalFMamba" and r.case in names]
-    possible = [ssim_ceiling(*(load_grey(case.paths[s]) for s in sources)) for case in some]
+    possible = [ssim_ceiling(*load_case(case, sources)) for case in some]
     return (
         f"SSIM has a ceiling below one, as the sources differ: images optimised for it alone reach "
         f"{np.mean(possible):.3f} on {len(some)} of these pairs, the model {np.mean(reached):.3f} on the same."
     )
 
 
+def _stages(record: dict) -> list[str]:
+    """Settings and time of a run, after those of the run whose weights it started from."""
+    preset = record["preset"]
+    init = preset["training"].get("init")
+    before = Path(init).with_suffix(".json") if init else None
+    earlier = _stages(json.loads(before.read_text(encoding="utf-8"))) if before and before.is_file() else []
+    settings = {**preset["model"], "crop": preset["data"]["crop"], "batch": preset["data"]["batch"]}
+    settings.update({k: v for k, v in preset["training"].items() if v is not None and k != "init"})
+    text = ", ".join(f"{k} {v}" for k, v in settings.items())
+    start = f" Started from {Path(init).stem}." if init else ""
+    took = f"{record['hours']} hours on {record['device']} with torch {record['torch']}"
+    return [*earlier, f"{record['name']}, data {record['data']}: {text}.{start} It took {took}."]
+
+
 def _card(name, entry, record, about, summary, parameters, ceiling) -> str:
     preset = record["preset"]
-    settings = ", ".join(f"{k} {v}" for k, v in preset["training"].items() if v is not None)
+    stages = "\n".join(f"{k + 1}. {stage}" for k, stage in enumerate(_stages(record)))
     loss = ", ".join(f"{k} {v}" for k, v in preset["loss"].items())
     patients = next(iter(next(iter(summary.values())).values()))["patients"]
     interval = (
@@ -160,8 +172,9 @@ Trained on {record["training_cases"]} cases of {len(record["training_patients"])
 
 ## Training
 
-Loss: {loss}. Settings: {settings}. {about.get("history", "")}
-It took {record["hours"]} hours on {record["device"]} with torch {record["torch"]}.
+Loss: {loss}.
+
+{stages}
 
 ## Measured on the validation patients
 

@@ -2,31 +2,126 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import errno
 import importlib.resources
+import inspect
 import json
 import logging
-import time
-from collections.abc import Sequence
+import sys
+import typing
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
 import yaml
-from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    Timer,
+    TQDMProgressBar,
+)
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
+from ..cases import Case, Listing, check_cases, find_cases, list_cases
 from ..config import ModelConfig
-from ..errors import InputError
+from ..errors import InputError, OutputError, WeightsError
 from ..files import write_text
+from ..inference.intensity import modality_of_name
 from ..pretrained import find_weights, load_model, save_weights
-from .data import PairCrops, WholePairs, find_cases, find_pairs, split_by_patient
+from .callbacks import EpochLines, FailureSignatures, Pictures, SafeCheckpoints, StopOnSignal
+from .data import CropSampler, PairCrops, ValidationPairs, split_by_patient
 from .losses import LossWeights
 from .module import FusionModule
 from .warm_start import warm_start
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Section ``data`` of a preset.
+
+    Attributes:
+        order: names of the sources, the anatomical one first: folders, endings of file names, or columns.
+        validation: share of the patients held back, drawn with the seed; or a list of patients.
+        crop: edge in pixels or voxels.
+        batch: crops of a step, on each process.
+        swap: draw two of the sources in any order for each crop, instead of the first two in theirs.
+        augment: flips, transposition, gamma, window and noise.
+        workers: processes that cut crops beside each training process.
+    """
+
+    order: list
+    validation: float | list = 0.25
+    crop: int = 128
+    batch: int = 2
+    swap: bool = False
+    augment: bool = True
+    workers: int = 0
+
+    def __post_init__(self):
+        if len(self.order) < 2:
+            raise InputError(f"data.order={self.order} must name two sources at least")
+        if self.crop < 8 or self.batch < 1 or self.workers < 0:
+            raise InputError("data.crop must be 8 or more, data.batch 1 or more, data.workers 0 or more")
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Section ``training`` of a preset.
+
+    Attributes:
+        lr: peak learning rate of Adam; a cosine takes it to 1e-6.
+        steps: optimiser steps, rounded up to whole epochs.
+        warmup: steps of linear warm-up.
+        ema: decay of the averaged weights, which are the ones exported; 0 exports the last ones.
+        clip: largest norm of the gradient, or null.
+        precision: of Lightning: 32-true, bf16-mixed, 16-mixed.
+        steps_per_epoch: steps between two checkpoints.
+        init: weights to start from, a bundled model or a .safetensors file; also of fewer latent Mamba layers, or 2D
+            where the model is 3D (:mod:`.warm_start`).
+        freeze_norm: fix the statistics of the batch norms at their mean over the first crops, so that training sees
+            what inference will compute: those of the last few crops differ too much from those of whole images.
+        seed: of split, initialisation, crops and augmentation.
+    """
+
+    lr: float = 1e-4
+    steps: int = 4000
+    warmup: int = 100
+    ema: float = 0.995
+    clip: float | None = 1.0
+    precision: str = "32-true"
+    steps_per_epoch: int = 125
+    init: str | None = None
+    freeze_norm: bool = False
+    seed: int = 3407
+
+    def __post_init__(self):
+        if self.lr <= 0 or self.steps < 1 or self.steps_per_epoch < 1 or self.warmup < 0 or self.seed < 0:
+            raise InputError("training.lr, steps and steps_per_epoch must be positive, warmup and seed not negative")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"training.ema={self.ema} must be at least 0 and below 1")
+
+    @property
+    def epochs(self) -> int:
+        # whole epochs, and their number alone as the end: with max_steps as well, Lightning 2.6 counts the epoch of a
+        # checkpoint twice when it resumes
+        return -(-self.steps // self.steps_per_epoch)
+
+
+SECTIONS = {"model": ModelConfig, "data": DataOptions, "loss": LossWeights, "training": TrainingOptions}
+# Crops whose mean the frozen batch norms take.
+NORM_CROPS = 128
+# What the preset's other sections decide, or a run needs as it is.
+_OWN = {"max_epochs", "precision", "gradient_clip_val", "logger", "callbacks", "plugins", "self"}
 
 
 def list_presets() -> list[str]:
@@ -38,30 +133,128 @@ def list_presets() -> list[str]:
 def load_preset(name: str, overrides: Sequence[str] = ()) -> dict:
     """A preset by name, or from a path that ends with .yaml, with ``section.key=value`` overrides.
 
+    Besides :data:`SECTIONS` there are ``trainer``, whose keys are options of Lightning's Trainer (devices, strategy,
+    num_nodes, accelerator …), and ``card``, which the model card quotes and training ignores.
+
     Raises:
-        InputError: no such preset, section or key, or text that is not YAML.
+        InputError: no such preset, section or key, a value of the wrong kind, or text that is not YAML.
     """
     path = Path(name) if name.endswith(".yaml") else importlib.resources.files(__package__) / "presets" / f"{name}.yaml"
     if not path.is_file():
         raise InputError(f"unknown preset {name!r}; known: {', '.join(list_presets())}, or the path of a .yaml file")
     try:
         preset = yaml.safe_load(path.read_text(encoding="utf-8"))
+        known = [*SECTIONS, "trainer", "card"]
+        if not isinstance(preset, dict) or not all(isinstance(section, dict) for section in preset.values()):
+            raise InputError(f"{name} should hold the sections {', '.join(known)}, each with keys and values")
+        for section in known:
+            preset.setdefault(section, {})
         for override in overrides:
             key, _, value = override.partition("=")
             section, _, key = key.strip().partition(".")
             if not value or section not in preset or not key:
-                raise InputError(f"override {override!r} should read section.key=value; sections: {', '.join(preset)}")
+                raise InputError(f"override {override!r} should read section.key=value; sections: {', '.join(known)}")
             preset[section][key] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
+    if unknown := sorted(set(preset) - set(known)):
+        raise InputError(f"{name} has an unknown section {unknown[0]!r}; known: {', '.join(known)}")
+    _read(preset)
     return preset
 
 
-def _options(cls, values: dict):
-    known = {field.name for field in dataclasses.fields(cls)}
-    if unknown := set(values) - known:
-        raise InputError(f"unknown option {sorted(unknown)} for {cls.__name__}; known: {', '.join(sorted(known))}")
-    return cls(**values)
+def _read(preset: dict) -> tuple[ModelConfig, DataOptions, LossWeights, TrainingOptions]:
+    lightning = set(inspect.signature(pl.Trainer.__init__).parameters) - _OWN
+    if unknown := sorted(set(preset.get("trainer", {})) - lightning):
+        raise InputError(
+            f"unknown option {unknown[0]!r} for Lightning's Trainer; known: {', '.join(sorted(lightning))}"
+        )
+    return tuple(_options(cls, section, preset[section]) for section, cls in SECTIONS.items())
+
+
+def _options(cls, section: str, values: dict):
+    hints = typing.get_type_hints(cls)
+    if unknown := set(values) - set(hints):
+        raise InputError(f"unknown option {section}.{min(unknown)}; known: {', '.join(sorted(hints))}")
+    try:
+        return cls(**{key: _typed(f"{section}.{key}", value, hints[key]) for key, value in values.items()})
+    except TypeError as error:
+        raise InputError(f"section {section} is not complete: {error}") from error
+
+
+def _typed(key: str, value, hint):
+    kinds = typing.get_args(hint) if typing.get_origin(hint) is not tuple else ()
+    kinds = [typing.get_origin(kind) or kind for kind in (kinds or (hint,))]
+    if float in kinds and not isinstance(value, (bool, list)) and value is not None:
+        with contextlib.suppress(ValueError, TypeError):
+            return float(value)  # YAML takes 1e-3 for a text and 1 for an integer
+    if tuple in kinds and isinstance(value, list):
+        return tuple(value)
+    if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, tuple(kinds)):
+        raise InputError(f"{key}={value!r} should be {' or '.join(kind.__name__ for kind in kinds)}")
+    return value
+
+
+# ------------------------------------------------------------------------------------------------ dry run
+
+
+def dry_run(preset: dict, data: Path, progress=None) -> tuple[str, list[str]]:
+    """What a training run would find in ``data``, as text, and every problem that would stop it.
+
+    Reads every file. Problems: sources without partner, files that cannot be read, sizes that differ, one patient only.
+    """
+    config, source, _, settings = _read(preset)
+    listing = list_cases(data, source.order)
+    problems = [*listing.problems, *check_cases(listing.cases, source.order, progress)]
+    lines = [_found(data, listing)]
+    try:
+        training, validation = split_by_patient(listing.cases, source.validation, settings.seed)
+        for name, cases in (("training", training), ("validation", validation)):
+            patients = list(dict.fromkeys(case.patient for case in cases))
+            lines.append(f"{name}: {len(cases)} cases of {len(patients)} patients: {', '.join(patients)}")
+    except InputError as error:
+        problems.append(str(error))
+    lines.append(
+        f"{config.dimension}D, crops of {source.crop}, {source.batch} a step, {settings.steps} steps in"
+        f" {settings.epochs} epochs"
+    )
+    lines += [f"left out: {sentence}" for sentence in listing.left_out]
+    lines += [f"problem: {sentence}" for sentence in problems]
+    return "\n".join(lines), problems
+
+
+def _found(data: Path, listing: Listing) -> str:
+    return (
+        f"{data}: {len(listing.cases)} cases of {len(listing.patients)} patients, sources"
+        f" {', '.join(f'{name} ({modality_of_name(name) or chr(63)})' for name in listing.sources)}"
+    )
+
+
+# --------------------------------------------------------------------------------------------------- run
+
+
+class _Data(pl.LightningDataModule):
+    """Loaders that know which process, epoch and step they are for."""
+
+    def __init__(self, crops: PairCrops, whole: ValidationPairs, options: DataOptions, steps_per_epoch: int):
+        super().__init__()
+        self.crops, self.whole, self.options, self.steps_per_epoch = crops, whole, options, steps_per_epoch
+
+    def train_dataloader(self) -> DataLoader:
+        trainer, batch = self.trainer, self.options.batch
+        loop = trainer.fit_loop
+        done = loop.epoch_loop.batch_progress.current.processed % self.steps_per_epoch
+        sampler = CropSampler(
+            self.steps_per_epoch * batch * trainer.world_size,
+            trainer.world_size,
+            trainer.global_rank,
+            loop.epoch_progress.current.processed,
+            done * batch,
+        )
+        return DataLoader(self.crops, batch_size=batch, sampler=sampler, num_workers=self.options.workers)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.whole)
 
 
 def train(preset: dict, name: str, data: Path, out: Path, resume: bool = False) -> Path:
@@ -70,85 +263,155 @@ def train(preset: dict, name: str, data: Path, out: Path, resume: bool = False) 
     Args:
         preset: as :func:`load_preset` returns it.
         name: of the model; the weights are written to ``out/NAME.safetensors``.
-        data: folder in the layout that the preset names.
+        data: folder or table, see :mod:`..cases`.
         out: folder of checkpoints, logs and weights.
         resume: go on from ``out/checkpoints/last.ckpt`` where there is one.
 
     Returns:
         Path of the weights. Beside them ``NAME.json`` records data, split, settings and time.
+
+    Raises:
+        InputError: data or settings that cannot be used; a checkpoint of another architecture.
+        OutputError: the disk is full; the last complete checkpoint stays.
+        TrainingError: the loss is no number.
+        Stopped: SIGTERM or Ctrl-C, after the checkpoint was written.
     """
-    settings, source = preset["training"], preset["data"]
-    config, loss = _options(ModelConfig, preset["model"]), _options(LossWeights, preset["loss"])
-    pl.seed_everything(settings["seed"], workers=True, verbose=False)
-    cases = find_pairs(data) if source["layout"] == "pairs" else find_cases(data, source["order"])
-    training, validation = split_by_patient(cases, source["validation"], settings["seed"])
+    config, source, loss, settings = _read(preset)
+    last = out / "checkpoints" / "last.ckpt"
+    if last.is_file() and not resume and rank_zero_only.rank == 0:
+        raise InputError(f"{out} already holds a run; --resume continues it, or choose another folder")
+    if rank_zero_only.rank:  # one process speaks for all
+        logging.getLogger("ClinicalFMambaLib").setLevel(logging.ERROR)
+    pl.seed_everything(settings.seed, workers=True, verbose=False)
+    training, validation = split_by_patient(find_cases(data, source.order), source.validation, settings.seed)
     logger.info("%d training and %d validation cases", len(training), len(validation))
+    module = FusionModule(config, loss, settings.lr, settings.epochs * settings.steps_per_epoch, settings.warmup)
+    if settings.init:
+        warm_start(module.model, load_model(find_weights(settings.init)[1])[0])
+    resumed = resume and last.is_file()
+    if resumed:
+        _check_checkpoint(last, module)
     crops = PairCrops(
         training,
-        source["order"],
-        source["crop"],
+        source.order,
+        source.crop,
         dimension=config.dimension,
-        seed=settings["seed"],
-        swap=source["swap"],
-        length=settings["steps_per_epoch"] * source["batch"],
+        seed=settings.seed,
+        swap=source.swap,
+        augment=source.augment,
     )
-    # whole epochs, and their number alone as the end: with max_steps as well, Lightning 2.6 counts the epoch of a
-    # checkpoint twice when it resumes
-    epochs = -(-settings["steps"] // settings["steps_per_epoch"])
-    module = FusionModule(config, loss, settings["lr"], epochs * settings["steps_per_epoch"], settings["warmup"])
-    if settings.get("init"):
-        warm_start(module.model, load_model(find_weights(settings["init"])[1])[0])
-    last = out / "checkpoints" / "last.ckpt"
-    started = time.time()
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        accelerator="auto",
-        precision=settings["precision"],
-        gradient_clip_val=settings["clip"],
-        logger=TensorBoardLogger(out, name="logs", version=""),
-        callbacks=[
-            ModelCheckpoint(
-                out / "checkpoints", filename="last", enable_version_counter=False, save_on_train_epoch_end=True
-            ),
-            EMAWeightAveraging(decay=settings["ema"]),
+    if settings.freeze_norm:
+        if not resumed:
+            module.measure_norms([crops[0, k] for k in range(NORM_CROPS)], source.batch)
+        module.freeze_norm = True
+        module.train()  # Lightning takes the modes as it finds them
+    whole = ValidationPairs(validation, source.order, dimension=config.dimension, crop=max(source.crop, 64))
+    timer = Timer()
+    with _lightning_quiet():
+        trainer = _trainer(preset, settings, source, out, last, timer)
+        try:
+            datamodule = _Data(crops, whole, source, settings.steps_per_epoch)
+            trainer.fit(module, datamodule=datamodule, ckpt_path=str(last) if resumed else None)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and not isinstance(error, OutputError):
+                raise OutputError(f"{out}: {error.strerror}; free some space, then --resume continues") from error
+            raise
+    weights = out / f"{name}.safetensors"
+    if trainer.is_global_zero:
+        # the averaged weights of the last step; the module's own are these only if a step was trained just now
+        module.load_state_dict(_load_checkpoint(last)["state_dict"])
+        modalities = ",".join(modality_of_name(n) for n in source.order[:2])
+        save_weights(module.model, weights, {"name": name, "modalities": modalities})
+        record = _record(name, preset, data, training, validation, trainer, timer)
+        write_text(weights.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
+    return weights
+
+
+def _trainer(preset, settings: TrainingOptions, source: DataOptions, out: Path, last: Path, timer) -> pl.Trainer:
+    shows_bar = sys.stderr.isatty()
+    names = ("the first source", "the second source") if source.swap else tuple(source.order[:2])
+    options = {
+        "max_epochs": settings.epochs,
+        "precision": settings.precision,
+        "gradient_clip_val": settings.clip,
+        "logger": TensorBoardLogger(out, name="logs", version=""),
+        "plugins": [SafeCheckpoints()],
+        "callbacks": [
+            EMAWeightAveraging(decay=settings.ema),
+            FailureSignatures(names),
+            Pictures(),
             LearningRateMonitor(),
-            _EpochOfData(crops),
-            TQDMProgressBar(refresh_rate=10),
+            timer,
+            TQDMProgressBar(refresh_rate=10) if shows_bar else EpochLines(),
+            StopOnSignal(last),
+            ModelCheckpoint(last.parent, filename="last", enable_version_counter=False, save_on_train_epoch_end=True),
         ],
-        check_val_every_n_epoch=max(1, epochs // 4),
-        limit_val_batches=16 if config.dimension == 3 else 1.0,
-        num_sanity_val_steps=0,
-        log_every_n_steps=10,
-    )
-    whole = WholePairs(validation, source["order"]) if config.dimension == 2 else None
-    trainer.fit(
-        module,
-        DataLoader(crops, batch_size=source["batch"]),
-        DataLoader(whole) if whole else None,
-        ckpt_path=str(last) if resume and last.is_file() else None,
-    )
-    record = {
+        "enable_progress_bar": shows_bar,
+        "enable_model_summary": False,
+        "check_val_every_n_epoch": max(1, settings.epochs // 10),
+        "num_sanity_val_steps": 0,
+        "sync_batchnorm": torch.cuda.is_available(),  # of several GPUs; torch has none for CPUs
+        "log_every_n_steps": min(10, settings.steps_per_epoch),
+        **preset.get("trainer", {}),
+    }
+    try:
+        return pl.Trainer(**options)
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise InputError(f"Lightning refuses these settings: {' '.join(str(error).split())}") from error
+
+
+@contextlib.contextmanager
+def _lightning_quiet() -> Iterator[None]:
+    """Lightning's advice for programmers is not for users, and its progress bar belongs on stderr."""
+    log, level = logging.getLogger("lightning.pytorch"), logging.getLogger("lightning.pytorch").level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _load_checkpoint(path: Path) -> dict:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(
+            f"{path} cannot be read as a checkpoint ({reason}); start again in another folder"
+        ) from error
+
+
+def _check_checkpoint(path: Path, module: FusionModule) -> None:
+    checkpoint = _load_checkpoint(path)
+    shapes = {k: tuple(v.shape) for k, v in checkpoint.get("state_dict", {}).items()}
+    wanted = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    config = module.model.config.to_json()
+    if shapes != wanted or checkpoint.get("architecture", config) != config:
+        raise InputError(
+            f"{path} is of another architecture than this preset's model; choose another folder, or the preset and the"
+            " overrides that the run was started with"
+        )
+
+
+def _record(name, preset, data: Path, training: list[Case], validation: list[Case], trainer, timer) -> dict:
+    return {
         "name": name,
         "preset": preset,
-        "data": str(data.name),
+        "data": Path(data).name,
         "training_patients": sorted({c.patient for c in training}),
         "validation_patients": sorted({c.patient for c in validation}),
         "training_cases": len(training),
         "validation_cases": len(validation),
-        "hours": round((time.time() - started) / 3600, 2),
+        "validation_loss": _number(trainer.callback_metrics.get("val_loss")),
+        "warnings": {k: v for c in trainer.callbacks if isinstance(c, FailureSignatures) for k, v in c.found.items()},
+        "hours": round(timer.time_elapsed("train") / 3600, 2),
         "torch": torch.__version__,
         "device": str(trainer.strategy.root_device),
+        "processes": trainer.world_size,
     }
-    weights = save_weights(module.model, out / f"{name}.safetensors", {"name": name})
-    write_text(out / f"{name}.json", json.dumps(record, indent=2) + "\n")
-    return weights
 
 
-class _EpochOfData(pl.Callback):
-    """Tell the data which epoch it is, so that a resumed run draws what the uninterrupted one would have drawn."""
-
-    def __init__(self, crops: PairCrops):
-        self.crops = crops
-
-    def on_train_epoch_start(self, trainer, module) -> None:
-        self.crops.set_epoch(trainer.current_epoch)
+def _number(value) -> float | None:
+    return None if value is None else round(float(value), 5)

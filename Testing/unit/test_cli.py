@@ -398,24 +398,6 @@ def test_demo_without_the_metrics_packages(run, bundle, tmp_path, monkeypatch):
     assert not (tmp_path / "metrics.csv").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["mri-ct-2d", "--data", "{}/nowhere"], "no such folder"),
-        (["mri-xx-2d", "--data", "{}"], "unknown preset 'mri-xx-2d'"),
-        (["mri-ct-2d", "--data", "{}", "training=3"], "section.key=value"),
-        (["mri-ct-2d", "--data", "{}"], "no pairs"),
-    ],
-)
-def test_train_refuses(run, tmp_path, arguments, words):
-    pytest.importorskip("lightning")
-    (tmp_path / "data").mkdir()
-    arguments = [a.format(tmp_path / "data") for a in arguments]
-    status, _, stderr = run("train", *arguments, "-o", tmp_path / "run")
-    assert status == 2
-    assert words in stderr.splitlines()[-1]
-
-
 def test_installed_entry_points(files, tmp_path):
     command = [sys.executable, "-m", "ClinicalFMambaLib", "fuse", str(files / "ct.nii.gz"), "nowhere.nii"]
     done = subprocess.run([*command, "-o", str(tmp_path / "f.nrrd")], capture_output=True, text=True, timeout=120)

@@ -7,8 +7,9 @@ import pytest
 import SimpleITK as sitk
 import torch
 
+from ClinicalFMambaLib.cases import find_cases
 from ClinicalFMambaLib.errors import InputError
-from ClinicalFMambaLib.training.data import PairCrops, WholePairs, find_cases, find_pairs, split_by_patient
+from ClinicalFMambaLib.training.data import CropSampler, PairCrops, ValidationPairs, split_by_patient
 
 
 @pytest.fixture
@@ -34,56 +35,38 @@ def cases(tmp_path):
     return tmp_path
 
 
-def test_patients_come_from_the_slice_names(pairs):
-    assert [(c.patient, c.name) for c in find_pairs(pairs)] == [
-        ("2", "2005"),
-        ("2", "2006"),
-        ("20", "20005"),
-        ("21", "21007"),
-    ]
-
-
-def test_cases_need_all_sequences(cases):
-    assert [c.patient for c in find_cases(cases, ["t1ce", "t2"])] == ["p1", "p2"]
-    assert [c.patient for c in find_cases(cases, ["t1ce", "flair"])] == ["p1", "p2", "p3"]
-
-
 @pytest.mark.parametrize("validation", [0.25, 0.5, ["2"], [20]])
 def test_split_shares_no_patient_and_loses_no_case(pairs, validation):
-    found = find_pairs(pairs)
+    found = find_cases(pairs)
     train, held = split_by_patient(found, validation, seed=1)
     assert not {c.patient for c in train} & {c.patient for c in held}
     assert len(train) + len(held) == len(found)
     assert (train, held) == split_by_patient(found, validation, seed=1)
 
 
-@pytest.mark.parametrize("validation", [["7"], ["2", "20", "21"]])
+@pytest.mark.parametrize("validation", [["7"], ["2", "20", "21"], [], 1.5, 0])
 def test_impossible_splits_are_refused(pairs, validation):
     with pytest.raises(InputError):
-        split_by_patient(find_pairs(pairs), validation, seed=1)
+        split_by_patient(find_cases(pairs), validation, seed=1)
 
 
 def test_one_patient_cannot_be_split(pairs):
-    one = [c for c in find_pairs(pairs) if c.patient == "2"]
+    one = [c for c in find_cases(pairs) if c.patient == "2"]
     with pytest.raises(InputError, match="at least 2"):
         split_by_patient(one, 0.25, seed=1)
 
 
-def test_folders_without_pairs_are_refused(tmp_path, pairs):
-    with pytest.raises(InputError, match="no pairs"):
-        find_pairs(tmp_path / "CT")
-    (pairs / "MRI" / "2005.png").unlink()
-    with pytest.raises(InputError, match="no partner"):
-        find_pairs(pairs)
-
-
 def crops(cases, order, crop=16, dimension=2, **options):
-    return PairCrops(cases, order, crop, dimension=dimension, seed=3, length=6, **options)
+    return PairCrops(cases, order, crop, dimension=dimension, seed=3, **options)
+
+
+def draw(data, epoch=0, count=6):
+    return torch.stack([data[epoch, number] for number in range(count)])
 
 
 def test_crops_hold_both_sources_in_order_and_range(pairs):
-    data = crops(find_pairs(pairs), ["MRI", "CT"], augment=False)
-    batch = torch.stack(list(data))
+    data = crops(find_cases(pairs), ["MRI", "CT"], augment=False)
+    batch = draw(data)
     assert batch.shape == (6, 2, 1, 16, 16)
     assert batch.min() >= 0 and batch.max() <= 1 and batch.std() > 0.1
     mri = torch.stack([torch.from_numpy(x[0].astype(np.float32)) for x in data.images]) / 65535
@@ -93,23 +76,56 @@ def test_crops_hold_both_sources_in_order_and_range(pairs):
 
 
 def test_crops_repeat_with_the_seed_and_change_with_the_epoch(pairs):
-    first, second = (crops(find_pairs(pairs), ["MRI", "CT"]) for _ in range(2))
-    assert torch.equal(torch.stack(list(first)), torch.stack(list(second)))
-    second.set_epoch(1)
-    assert not torch.equal(torch.stack(list(first)), torch.stack(list(second)))
+    first, second = (crops(find_cases(pairs), ["MRI", "CT"]) for _ in range(2))
+    assert torch.equal(draw(first), draw(second))
+    assert not torch.equal(draw(first), draw(second, epoch=1))
 
 
-def test_swapping_draws_all_sequences_in_any_order(cases):
-    data = crops(find_cases(cases, ["t1ce", "t2", "flair"]), ["t1ce", "t2", "flair"], 8, 3, swap=True)
-    assert torch.stack(list(data)).shape == (6, 2, 1, 8, 8, 8)
+@pytest.mark.parametrize("dimension", [2, 3])
+def test_swapping_draws_all_sequences_in_any_order(cases, dimension):
+    data = crops(find_cases(cases, ["t1ce", "t2", "flair"]), ["t1ce", "t2", "flair"], 8, dimension, swap=True)
+    assert draw(data).shape == (6, 2, 1, *[8] * dimension)
+
+
+def test_crops_of_volumes_in_2d_are_axial_slices(cases):
+    data = crops(find_cases(cases, ["t1ce", "t2"]), ["t1ce", "t2"], 20, 2, augment=False)
+    slices = torch.cat([torch.from_numpy(x[0].astype(np.float32)) for x in data.images]) / 65535
+    crop = draw(data, count=1)[0, 0, 0]
+    assert (slices - crop[:, :18]).abs().amax((-1, -2)).min() < 1e-6
+
+
+def test_images_are_refused_by_a_3d_preset(pairs):
+    with pytest.raises(InputError, match="use a 2D preset"):
+        crops(find_cases(pairs), ["MRI", "CT"], 8, 3)
 
 
 def test_crops_larger_than_the_image_are_padded_black(pairs):
-    sample = next(iter(crops(find_pairs(pairs), ["MRI", "CT"], 48, augment=False)))
+    sample = draw(crops(find_cases(pairs), ["MRI", "CT"], 48, augment=False))[0]
     assert sample.shape == (2, 1, 48, 48)
     assert (sample[..., 40:, :] == 0).all()
 
 
+def test_processes_share_the_crops_of_an_epoch():
+    alone = list(CropSampler(12, 1, 0, epoch=2))
+    assert alone == [(2, number) for number in range(12)]
+    shared = [list(CropSampler(12, 3, rank, epoch=2)) for rank in range(3)]
+    assert sorted(index for part in shared for index in part) == alone and {len(part) for part in shared} == {4}
+
+
+def test_a_resumed_epoch_goes_on_where_it_stopped():
+    sampler = CropSampler(8, 2, 1, epoch=3, start=2)
+    assert list(sampler) == [(3, 5), (3, 7)] and len(sampler) == 4
+    sampler.set_epoch(4)
+    assert list(sampler) == [(4, 1), (4, 3), (4, 5), (4, 7)]
+
+
 def test_validation_sees_whole_images(pairs):
-    data = WholePairs(find_pairs(pairs), ["MRI", "CT"])
+    data = ValidationPairs(find_cases(pairs), ["MRI", "CT"], dimension=2, crop=16)
     assert len(data) == 4 and data[0].shape == (2, 1, 40, 36)
+
+
+@pytest.mark.parametrize(("dimension", "items", "shape"), [(2, 6, (20, 18)), (3, 2, (10, 10, 10))])
+def test_validation_sees_the_middle_of_volumes(cases, dimension, items, shape):
+    data = ValidationPairs(find_cases(cases, ["t1ce", "t2"]), ["t1ce", "t2"], dimension=dimension, crop=10)
+    assert len(data) == items and data[0].shape == (2, 1, *shape)
+    assert torch.equal(data[0], data[0]) and data[0].std() > 0.1
