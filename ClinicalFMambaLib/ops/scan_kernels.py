@@ -27,7 +27,7 @@ def _as_float(context, bits):
     return signature, generate
 
 
-@numba.njit(inline="always", fastmath=True)
+@numba.njit(inline="always", fastmath=True, error_model="numpy")
 def _exp2(x):
     """2**x for x <= 127, at least the smallest normal number; Taylor series around the nearest integer."""
     x = max(x, _F(-126))
@@ -44,7 +44,7 @@ def _exp2(x):
     return p * _as_float((np.int32(whole) + np.int32(127)) << np.int32(23))
 
 
-@numba.njit(inline="always", fastmath=True)
+@numba.njit(inline="always", fastmath=True, error_model="numpy")
 def _softplus(x):
     """log(1 + exp(x)); the logarithm of 1 + t through the series of the inverse hyperbolic tangent of t / (2 + t)."""
     t = _exp2(-abs(x) * _LOG2E)
@@ -58,15 +58,15 @@ def _softplus(x):
     p = p * q + _F(2 / 5)
     p = p * q + _F(2 / 3)
     p = p * q + _F(2)
-    return max(x, _F(0)) + z * p
+    return _F(0.5) * (x + abs(x)) + z * p
 
 
-@numba.njit(inline="always", fastmath=True)
+@numba.njit(inline="always", fastmath=True, error_model="numpy")
 def _silu(x):
     return x / (_F(1) + _exp2(min(-x * _LOG2E, _F(126))))
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@numba.njit(cache=True, nogil=True, fastmath=True, error_model="numpy")
 def conv_silu(x, weight, bias, tail, out, low, high):
     """Causal depth-wise convolution and SiLU of the channels low to high.
 
@@ -75,61 +75,69 @@ def conv_silu(x, weight, bias, tail, out, low, high):
         tail: the taps - 1 tokens before x, (taps - 1, E); replaced by the last ones of x.
         out: (L, E).
     """
+    # Rows are sliced before they are indexed: an index with an offset could be negative, which stops vector code.
     length = x.shape[0]
     taps = weight.shape[0]
     for l in range(length):  # noqa: E741  (the letter of the paper)
-        row = out[l]
-        for e in range(low, high):
-            row[e] = bias[e]
+        row = out[l, low:high]
+        row[:] = bias[low:high]
         for k in range(taps):
             past = l + k - (taps - 1)
-            if past >= 0:
-                for e in range(low, high):
-                    row[e] += weight[k, e] * x[past, e]
-            else:
-                for e in range(low, high):
-                    row[e] += weight[k, e] * tail[past + taps - 1, e]
-        for e in range(low, high):
+            token = x[past, low:high] if past >= 0 else tail[past + taps - 1, low:high]
+            w = weight[k, low:high]
+            for e in range(row.size):
+                row[e] += w[e] * token[e]
+        for e in range(row.size):
             row[e] = _silu(row[e])
     for k in range(taps - 1):
         past = length + k - (taps - 1)
-        for e in range(low, high):
-            tail[k, e] = x[past, e] if past >= 0 else tail[k + length, e]
+        tail[k, low:high] = x[past, low:high] if past >= 0 else tail[k + length, low:high]
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
-def scan(u, delta, A2, B, C, D, state, y, low, high, raw):
+@numba.njit(cache=True, nogil=True, fastmath=True, error_model="numpy")
+def scan(u, step, dt_proj, dt_bias, A2, B, C, D, state, y, low, high):
     """The selective scan of the channels low to high.
 
     Args:
-        u, delta: (L, E); delta before its softplus where ``raw``.
+        u: (L, E).
+        step: step sizes (L, E) where dt_proj is (0, E); else their low-rank part (L, R), and they are
+            softplus(step @ dt_proj + dt_bias).
         A2: state matrix times log2(e), (N, E); D: (E,).
         B, C: (L, N).
         state: h before the first token, (N, E); replaced by that after the last one.
         y: (L, E), written.
     """
-    states = A2.shape[0]
     width = high - low
-    step = np.empty(width, np.float32)
+    delta = np.empty(width, np.float32)
     source = np.empty(width, np.float32)
     sums = np.empty(width, np.float32)
+    skip = D[low:high]
+    bias = dt_bias[low:high]
+    rank = dt_proj.shape[0]
     for l in range(u.shape[0]):  # noqa: E741
-        if raw:
-            for e in range(width):
-                step[e] = _softplus(delta[l, low + e])
+        x = u[l, low:high]
+        if rank == 0:
+            delta[:] = step[l, low:high]
         else:
             for e in range(width):
-                step[e] = delta[l, low + e]
+                delta[e] = bias[e]
+            for r in range(rank):
+                row = dt_proj[r, low:high]
+                value = step[l, r]
+                for e in range(width):
+                    delta[e] += value * row[e]
+            for e in range(width):
+                delta[e] = _softplus(delta[e])
         for e in range(width):
-            x = u[l, low + e]
-            source[e] = step[e] * x
-            sums[e] = D[low + e] * x
-        for n in range(states):
+            source[e] = delta[e] * x[e]
+            sums[e] = skip[e] * x[e]
+        for n in range(A2.shape[0]):
             b = B[l, n]
             c = C[l, n]
+            a = A2[n, low:high]
+            h = state[n, low:high]
             for e in range(width):
-                h = _exp2(step[e] * A2[n, low + e]) * state[n, low + e] + source[e] * b
-                state[n, low + e] = h
-                sums[e] += c * h
-        for e in range(width):
-            y[l, low + e] = sums[e]
+                value = _exp2(delta[e] * a[e]) * h[e] + source[e] * b
+                h[e] = value
+                sums[e] += c * value
+        y[l, low:high] = sums

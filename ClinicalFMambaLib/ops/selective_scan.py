@@ -134,7 +134,6 @@ def _scan_chunks(u, delta, A, B, C, D, backend):
             C[:, :, at],
             D,
             state,
-            softplus=False,
             backend=backend,
         )
     return y.permute(1, 0, 3, 2).flatten(1, 2).to(u.dtype)

@@ -70,16 +70,19 @@ def test_automatic_choice_has_gradients_where_they_are_asked_for():
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64])
 def test_chunks_with_a_carried_state_are_the_whole(backend, chunk):
     torch.manual_seed(0)
-    u, delta = torch.randn(2, 2, 3, 65, 70)
+    u = torch.randn(2, 3, 65, 70)
     A, B, C, D = -torch.rand(2, 4, 70) - 0.5, torch.randn(2, 3, 65, 4), torch.randn(2, 3, 65, 4), torch.randn(2, 70)
     weight, bias = torch.randn(2, 4, 70), torch.randn(2, 70)
+    dt = (torch.randn(2, 5, 70), torch.randn(2, 70))
+    low_rank = torch.randn(2, 3, 65, 5)
 
     def run(step, backend):
         state, tail, out = torch.zeros(2, 3, 4, 70), torch.zeros(2, 3, 3, 70), []
         for start in range(0, 65, step):
             at = slice(start, start + step)
             x = causal_conv_silu(u[:, :, at], weight, bias, tail, backend)
-            out.append(scan_tokens(x, delta[:, :, at], A, B[:, :, at], C[:, :, at], D, state, backend=backend))
+            inputs = (x, low_rank[:, :, at], A, B[:, :, at], C[:, :, at], D, state)
+            out.append(scan_tokens(*inputs, dt=dt, backend=backend))
         return torch.cat(out, 2), state, tail
 
     for got, expected in zip(run(chunk, backend), run(65, "chunked")):
