@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import importlib.util
 import json
 import os
 import time
@@ -23,14 +22,13 @@ import torch
 from .. import NOTICE, __version__
 from ..config import FusionOptions, ModelConfig, parse_modality
 from ..errors import Cancelled, InputError, WeightsError
-from ..models.clinicalfmamba import ClinicalFMamba
-from ..ops.selective_scan import available_backends
 from ..pretrained import find_weights, load_model, read_index, sha256
 from ..preview import PLANES, patient_axes, to_uint8
 from ..volumes import Volume, check_registration, compare_grids, overlap_fraction, resample_onto
 from .colour import luma, rgb_to_ycbcr, ycbcr_to_rgb
 from .device import GIB, choose_device, free_memory, memory_needed
 from .intensity import Window, apply_window, choose_window, count_nonfinite, guess_modality
+from .plan import FusionPlan, build_plan
 
 SCALE = 1000  # of scalar results: int16 survives DICOM export and compresses, a thousandth is below what is visible
 FUNCTIONAL = ("SPECT", "PET")
@@ -89,7 +87,7 @@ class _Loaded:
     config: ModelConfig
     modalities: tuple[str, ...]
     device: torch.device
-    network: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    network: FusionPlan
 
 
 @dataclass(frozen=True)
@@ -260,7 +258,7 @@ class FusionEngine:
                 model = self._load(str(model.path), device, model.name)
                 fused = _apply_network(model, pair, axis, options.max_memory_gib, run)
             record["network_inputs"] = [second.name, first.name] if swapped else [first.name, second.name]
-            record["scan_backend"] = available_backends(device)[0]
+            record["scan_backend"] = model.network.scan_backend
 
         with run.step("making the output", 0.97):
             volume, scale = _make_output(first, second, a01, b01, fused)
@@ -279,7 +277,8 @@ class FusionEngine:
                 "config": _plain(model.config),
             },
             "device": {"name": str(device), "reason": reason},
-            "scan_backend": available_backends(device)[0],
+            "scan_backend": model.network.scan_backend,
+            "precision": model.network.precision,
             "plane": {"name": plane, "reason": why},
             "grid_difference": difference,
             "resampled": bool(difference),
@@ -338,18 +337,9 @@ class FusionEngine:
                 module.config,
                 _modalities(entry.get("modalities", ())),
                 device,
-                _network(module.to(device)),
+                build_plan(module.to(device)),
             )
         return self._loaded[key]
-
-
-def _network(model: ClinicalFMamba) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The function (a, b) -> fused that all forward passes go through: the inference plan of the network."""
-    if importlib.util.find_spec(f"{__package__}.plan") is None:
-        return model
-    from .plan import build_plan
-
-    return build_plan(model)
 
 
 def _plain(settings) -> dict:

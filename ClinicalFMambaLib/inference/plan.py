@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -38,12 +39,13 @@ from ..ops.scan_order import DIRECTIONS, scan_axes
 from ..ops.selective_scan import available_backends, selective_scan
 from ..ops.token_scan import causal_conv_silu, scan_tokens
 
+STAGES = ("encoder", "mamba", "pools", "decoder")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Bytes of the largest map of a tile. What a tile leaves is used again by the next one as long as the C library keeps
 # it (32 MiB at most), and memory fresh from the system costs as much time as the convolution that fills it.
 TILE_BYTES = 24 * 2**20
 # Tokens of one chunk of a scan, times sequences: 4 MiB for each of its float32 maps of two modalities.
-_CHUNK = 2048
+CHUNK = 2048
 
 Box = tuple[tuple[int, int], ...]
 Tick = Callable[[float], None]
@@ -68,6 +70,7 @@ class FusionPlan:
     Attributes:
         config, precision, scan_backend: what it computes with.
         tile_bytes: size of the largest map of a tile; smaller ones take less memory and more time.
+        seconds: of each of the :data:`STAGES` of the last call.
     """
 
     def __init__(self, model: ClinicalFMamba, precision: str = "float32"):
@@ -80,6 +83,7 @@ class FusionPlan:
         self.device = device
         self.scan_backend = available_backends(device)[0]
         self.tile_bytes = TILE_BYTES
+        self.seconds: dict[str, float] = {}
         with torch.no_grad():
             dtype = PRECISIONS[precision]
             stem = (model.stem.weight.double(), model.stem.bias.double())
@@ -118,11 +122,20 @@ class FusionPlan:
             # two zeros around: what the composed 5×5 convolution reaches
             padded = F.pad(sources.flatten(0, 1), [2, 2] * self.dimension)
             del sources
-            features = self.encode(padded, shape, lambda f: tick(0.55 * f))
-            tokens = self.fuse_tokens(features, lambda f: tick(0.55 + 0.1 * f))
-            weights = self.cmca.weights(padded, shape) if self.cmca is not None else None
-            tick(0.7)
-            fused = self.decode(tokens, padded, weights, shape, lambda f: tick(0.7 + 0.3 * f))
+            times = [time.perf_counter()]
+
+            def stage(result):
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                times.append(time.perf_counter())
+                return result
+
+            tokens = stage(self.encode(padded, shape, lambda f: tick(0.4 * f)))
+            tokens = stage(self.fuse_tokens(tokens, lambda f: tick(0.4 + 0.2 * f)))
+            weights = stage(self.cmca.weights(padded, shape) if self.cmca is not None else None)
+            tick(0.65)
+            fused = stage(self.decode(tokens, padded, weights, shape, lambda f: tick(0.65 + 0.35 * f)))
+            self.seconds = {name: end - start for name, start, end in zip(STAGES, times, times[1:])}
             return fused[(..., *(slice(n) for n in size))]
 
     # ---------------------------------------------------------------------------------------------- encoder
@@ -615,7 +628,7 @@ class _MambaPair:
         normed = F.layer_norm(x, (width,), eps=self.eps)
         other = normed.flip(0) if self.fusion else None
         total = x.new_zeros((sets, batch, length, inner))
-        step = length if x.device.type != "cpu" else max(64, _CHUNK // batch)
+        step = length if x.device.type != "cpu" else max(64, CHUNK // batch)
         chunks = [slice(start, min(start + step, length)) for start in range(0, length, step)]
         directions = DIRECTIONS[scan]
         for k, (direction, axis) in enumerate(zip(directions, scan_axes(scan))):

@@ -99,7 +99,7 @@ def test_bfloat16_is_near(dimension):
 def test_both_forms_of_the_scan(backend, monkeypatch):
     if backend == "numba":
         pytest.importorskip("numba", reason="numba is not installed: the compiled scan is NOT TESTED")
-    monkeypatch.setattr(plan_module, "_CHUNK", 64)
+    monkeypatch.setattr(plan_module, "CHUNK", 64)
     model = network(3)
     a, b = pair(40, 32, 56)
     plan = build_plan(model)
