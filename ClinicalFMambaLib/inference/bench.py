@@ -251,8 +251,8 @@ def _child(task: dict) -> dict:
 def _network_case(task: dict):
     import torch
 
-    from .device import choose_device
-    from .plan import build_plan
+    from .device import GIB, choose_device
+    from .plan import build_plan, largest_tile
 
     dimension, size, slices = CASES[task["case"]]
     device, _ = choose_device(task["device"])
@@ -263,7 +263,11 @@ def _network_case(task: dict):
         model.set_scan_backend("reference")
     else:
         network = build_plan(model, task["precision"])
-        network.max_memory_gib = task["max_memory_gib"]
+        if task["max_memory_gib"]:
+            tile = largest_tile(network.config, size, task["max_memory_gib"] * GIB)
+            if tile is None:
+                raise InputError(f"{task['max_memory_gib']} GiB do not hold {task['case']}")
+            network.tile_bytes = tile
         del model
         backend, precision = network.scan_backend, network.precision
     small = torch.rand(1, 1, *[32] * dimension, device=device)

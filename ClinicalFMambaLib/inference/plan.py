@@ -22,7 +22,9 @@ Source: Zhou and Khalvati, arXiv 2508.03008, section 2, for the network.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,19 +33,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..config import ModelConfig
 from ..errors import InputError
 from ..models.blocks import SLOPE
-from ..models.clinicalfmamba import ClinicalFMamba, pad_to_stride
+from ..models.clinicalfmamba import STRIDE, ClinicalFMamba, pad_to_stride
 from ..models.mamba import DirectionalScan
 from ..ops.scan_order import DIRECTIONS, scan_axes
 from ..ops.selective_scan import available_backends, selective_scan
 from ..ops.token_scan import causal_conv_silu, scan_tokens
+from .device import is_out_of_memory
+
+logger = logging.getLogger(__name__)
 
 STAGES = ("encoder", "mamba", "pools", "decoder")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Bytes of the largest map of a tile. What a tile leaves is used again by the next one as long as the C library keeps
 # it (32 MiB at most), and memory fresh from the system costs as much time as the convolution that fills it.
 TILE_BYTES = 24 * 2**20
+MIN_TILE_BYTES = 2**20
+# Maps of this size that live at once in a tile, with their halos.
+_MAPS_OF_A_TILE = 12
 # Tokens of one chunk of a scan, times sequences: 4 MiB for each of its float32 maps of two modalities.
 CHUNK = 2048
 
@@ -117,11 +126,7 @@ class FusionPlan:
         tick = tick or (lambda fraction: None)
         with torch.inference_mode():
             size = a.shape[2:]
-            sources = torch.stack([pad_to_stride(x.float()) for x in (a, b)])  # (2, B, 1, ...)
-            shape = tuple(sources.shape[3:])
-            # two zeros around: what the composed 5×5 convolution reaches
-            padded = F.pad(sources.flatten(0, 1), [2, 2] * self.dimension)
-            del sources
+            padded, shape = self._pad(a, b)
             times = [time.perf_counter()]
 
             def stage(result):
@@ -137,6 +142,39 @@ class FusionPlan:
             fused = stage(self.decode(tokens, padded, weights, shape, lambda f: tick(0.65 + 0.35 * f)))
             self.seconds = {name: end - start for name, start, end in zip(STAGES, times, times[1:])}
             return fused[(..., *(slice(n) for n in size))]
+
+    def _pad(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """Both sources, each padded to the network's stride, with two zeros around: what the 5×5 convolution reaches.
+
+        Returns (2B, 1, D + 4, H + 4, W + 4), or 2D, and the shape without the zeros.
+        """
+        shape = tuple(n + -n % STRIDE for n in a.shape[2:])
+        padded = torch.zeros((2 * len(a), 1, *(n + 4 for n in shape)), device=self.device)
+        inside = padded[(..., *(slice(2, 2 + n) for n in shape))]
+        inside[: len(a)] = pad_to_stride(a.to(self.device).float())
+        inside[len(a) :] = pad_to_stride(b.to(self.device).float())
+        return padded, shape
+
+    def _in_tiles(
+        self, shape: Sequence[int], bytes_each: float, even: bool, work: Callable[[Box], None], tick: Tick
+    ) -> None:
+        """Call ``work`` for boxes that cover ``shape``; where memory runs out, halve them and go on."""
+        boxes = list(_boxes(shape, self.tile_bytes / bytes_each, even))
+        done, total = 0, math.prod(shape)
+        while boxes:
+            box = boxes[0]
+            try:
+                work(box)
+            except (MemoryError, RuntimeError) as error:
+                halves = [part for box in boxes for part in _halves(box, even)]
+                if not is_out_of_memory(error) or len(halves) == len(boxes) or self.tile_bytes < MIN_TILE_BYTES:
+                    raise
+                boxes, self.tile_bytes = halves, self.tile_bytes // 2
+                logger.warning("memory ran out: going on with tiles of %.1f MiB", self.tile_bytes / 2**20)
+                continue
+            del boxes[0]
+            done += math.prod(high - low for low, high in box)
+            tick(done / total)
 
     # ---------------------------------------------------------------------------------------------- encoder
 
@@ -166,15 +204,12 @@ class FusionPlan:
             channels = block.channels if last else down.channels
             out = _empty((padded.shape[0], channels, *out_shape), self.stem_down.weight.dtype, self.device)
             bytes_each = padded.shape[0] * block.channels * out.element_size() * step**self.dimension
-            boxes = list(_boxes(out_shape, self.tile_bytes / bytes_each, even=not last))
-            halo = 1 + block.dilation
-            for number, box in enumerate(boxes):
-                wanted = tuple((step * low, step * high) for low, high in box)
-                around = tuple((max(0, low - halo), min(n, high + halo)) for (low, high), n in zip(wanted, here))
-                deep = _crop(*block(source(around), around, here), wanted)
-                _view(out, box).copy_(deep if last else down(deep))
-                tick((level + (number + 1) / len(boxes)) / 4 + (level > 0) * 0.25)
-            source = _reader(out)
+            work = functools.partial(_encode_tile, source, block, down, here, out)
+            start, share = ((0, 0.55), (0.55, 0.3), (0.85, 0.15))[level]
+            self._in_tiles(
+                out_shape, bytes_each, not last, work, lambda f, start=start, share=share: tick(start + share * f)
+            )
+            source = functools.partial(_view, out)
         return out
 
     # ----------------------------------------------------------------------------------------------- tokens
@@ -215,8 +250,8 @@ class FusionPlan:
         fused = torch.empty((batch, 1, *shape), device=self.device)
         branch = self.cmca.branch(padded, shape, weights) if weights is not None else None
         bytes_each = batch * third.channels * third.weight.element_size()
-        boxes = list(_boxes(half, self.tile_bytes / bytes_each, even=True))
-        for number, box in enumerate(boxes):
+
+        def decode_tile(box: Box) -> None:
             # voxel p of the padded quarter-resolution map is at p + 1
             part = quarter[(..., *(slice(low // 2, high // 2 + 2) for low, high in box))]
             around = [(low - 1, high + 1) for low, high in box]
@@ -230,8 +265,49 @@ class FusionPlan:
             if branch is not None:
                 branch.correct_border(logits, place)
             _view(fused, place).copy_(logits.sigmoid_())
-            tick((number + 1) / len(boxes))
+
+        self._in_tiles(half, bytes_each, True, decode_tile, tick)
         return fused
+
+
+def memory_needed(
+    config: ModelConfig, shape: Sequence[int], batch: int = 1, tile_bytes: float = TILE_BYTES, element_size: int = 4
+) -> float:
+    """Bytes that a plan takes for ``batch`` pairs of ``shape``, (H, W) or (D, H, W); an estimate from above.
+
+    Counts both sources and the result, what exists at once of the maps of the whole volume, a chunk of the scan and
+    the maps of a tile.
+    """
+    dimension = config.dimension
+    voxels = batch * math.prod(n + -n % STRIDE for n in shape)
+    c0, c1, c2 = config.channels
+    quarter, eighth = voxels / 4**dimension, voxels / 8**dimension
+    stages = (
+        2 * element_size * (c1 * quarter + c2 * eighth),  # encoder
+        2 * 4 * eighth * (4 * c2 + 2 * config.d_inner),  # Mamba: x, normed, two orders; scan's output and their sum
+        2 * element_size * c1 * quarter + 4 * voxels,  # decoder
+    )
+    tile = min(tile_bytes, 2 * element_size * c0 * voxels / 2**dimension)
+    tokens = min(CHUNK, eighth)
+    chunk = 2 * 4 * tokens * config.d_inner * (8 + 2 * config.d_state)
+    # two sources and their padded copies, the result and its copy
+    return 6 * 4 * voxels + max(stages) + chunk + _MAPS_OF_A_TILE * tile
+
+
+def largest_tile(
+    config: ModelConfig,
+    shape: Sequence[int],
+    budget: float,
+    usual: int = TILE_BYTES,
+    least: int = MIN_TILE_BYTES,
+) -> int | None:
+    """The ``tile_bytes``, from ``usual`` down to ``least``, with which one pair fits into ``budget`` bytes, or None."""
+    tile = usual
+    while memory_needed(config, shape, 1, tile) > budget:
+        if tile <= least:
+            return None
+        tile //= 2
+    return tile
 
 
 # ------------------------------------------------------------------------------------------- convolutions
@@ -310,8 +386,14 @@ def _view(x: torch.Tensor, box: Box) -> torch.Tensor:
     return x[(..., *(slice(low, high) for low, high in box))]
 
 
-def _reader(x: torch.Tensor) -> Callable[[Box], torch.Tensor]:
-    return lambda box: _view(x, box)
+def _encode_tile(source: Callable[[Box], torch.Tensor], block: _GatedBlock, down, here, out, box: Box) -> None:
+    """One tile of a level, from a gated block's input to the next level's input; ``here`` is the level's shape."""
+    step = 1 if down is None else 2
+    halo = 1 + block.dilation
+    wanted = tuple((step * low, step * high) for low, high in box)
+    around = tuple((max(0, low - halo), min(n, high + halo)) for (low, high), n in zip(wanted, here))
+    deep = _crop(*block(source(around), around, here), wanted)
+    _view(out, box).copy_(deep if down is None else down(deep))
 
 
 def _empty(shape, dtype, device) -> torch.Tensor:
@@ -328,6 +410,18 @@ def _boxes(shape: Sequence[int], voxels: float, even: bool) -> Iterator[Box]:
         edges[longest] = max(least, half + half % 2 if even else half)
     axes = [[(low, min(low + edge, n)) for low in range(0, n, edge)] for n, edge in zip(shape, edges)]
     return itertools.product(*axes)
+
+
+def _halves(box: Box, even: bool) -> list[Box]:
+    """A box in two along its longest edge, or as it is where it is as small as :func:`_boxes` makes them."""
+    edges = [high - low for low, high in box]
+    longest = edges.index(max(edges))
+    low, high = box[longest]
+    middle = low + edges[longest] // 2
+    middle -= middle % 2 if even else 0
+    if edges[longest] <= (4 if even else 2) or middle <= low:
+        return [box]
+    return [(*box[:longest], part, *box[longest + 1 :]) for part in ((low, middle), (middle, high))]
 
 
 # ---------------------------------------------------------------------------------- folding and composing
@@ -626,14 +720,12 @@ class _MambaPair:
         sets, batch, length, width = x.shape
         inner = self.out_proj.shape[2]
         normed = F.layer_norm(x, (width,), eps=self.eps)
-        other = normed.flip(0) if self.fusion else None
         total = x.new_zeros((sets, batch, length, inner))
         step = length if x.device.type != "cpu" else max(64, CHUNK // batch)
         chunks = [slice(start, min(start + step, length)) for start in range(0, length, step)]
         directions = DIRECTIONS[scan]
         for k, (direction, axis) in enumerate(zip(directions, scan_axes(scan))):
             ordered = _ordered(normed, shape, direction)
-            context = _ordered(other, shape, direction) if self.fusion else None
             y = torch.empty_like(total)
             taps = self.conv[k][0].shape[1] - 1
             tail, context_tail = x.new_zeros((2, sets, batch, taps, inner))
@@ -644,7 +736,7 @@ class _MambaPair:
                 )
                 chooser = u
                 if self.fusion:
-                    sequence = _project(context[:, :, chunk], *self.context[axis])
+                    sequence = _project(ordered[:, :, chunk], *self.context[axis], swapped=True)
                     chooser = causal_conv_silu(sequence, *self.context_conv[k], context_tail, _form(backend))
                 chosen = _project(chooser, self.x_proj[k])
                 low_rank, B, C = chosen.split([self.rank, self.states, self.states], -1)
@@ -690,17 +782,20 @@ def _after_norm(layers, norm: str, linear: str, parts: int) -> list[tuple[torch.
     return [(w.contiguous(), b.contiguous()) for w, b in zip(weights, biases)]
 
 
-def _project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """(M, B, L, C) times (M, E, C), plus (M, E)."""
-    if x.device.type == "cpu" and _has_pointwise():
-        # MKL's matrix product reaches less than half of oneDNN's speed on processors that are not Intel's
-        linear = torch.ops.mkldnn._linear_pointwise
-        parts = [
-            linear(x[m].flatten(0, 1), w, None if bias is None else bias[m], "none", [], "")
-            for m, w in enumerate(weight)
-        ]
-    else:
-        parts = [F.linear(x[m].flatten(0, 1), w, None if bias is None else bias[m]) for m, w in enumerate(weight)]
+def _project(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, swapped: bool = False
+) -> torch.Tensor:
+    """(2, B, L, C) times (2, E, C), plus (2, E); ``swapped`` gives each modality the other one's tokens."""
+    # MKL's matrix product reaches less than half of oneDNN's speed on processors that are not Intel's
+    fast = x.device.type == "cpu" and _has_pointwise()
+    parts = []
+    for m, w in enumerate(weight):
+        tokens = x[1 - m if swapped else m].flatten(0, 1)
+        shift = None if bias is None else bias[m]
+        if fast:
+            parts.append(torch.ops.mkldnn._linear_pointwise(tokens, w, shift, "none", [], ""))
+        else:
+            parts.append(F.linear(tokens, w, shift))
     return torch.stack(parts).unflatten(1, x.shape[1:3])
 
 

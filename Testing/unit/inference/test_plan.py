@@ -9,7 +9,7 @@ from torch import nn
 from ClinicalFMambaLib.config import ModelConfig
 from ClinicalFMambaLib.errors import Cancelled, InputError
 from ClinicalFMambaLib.inference import plan as plan_module
-from ClinicalFMambaLib.inference.plan import build_plan
+from ClinicalFMambaLib.inference.plan import build_plan, memory_needed
 from ClinicalFMambaLib.models.clinicalfmamba import ClinicalFMamba
 
 
@@ -210,6 +210,68 @@ def test_progress_grows_to_one_and_stops_on_request(tile_bytes):
 
     with pytest.raises(Cancelled):
         plan(a, b, stop)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize(("stage", "index", "most"), [("blocks", 0, 2500), ("ups", 2, 400)])
+def test_running_out_of_memory_halves_the_tile_and_goes_on(stage, index, most, error, monkeypatch):
+    plan = build_plan(network(3))
+    a, b = pair(32, 40, 24)
+    whole = plan(a, b)
+    usual = plan.tile_bytes
+    monkeypatch.setattr(plan_module, "MIN_TILE_BYTES", 1)
+    layers = list(getattr(plan, stage))
+    original, refused, seen = layers[index], [], []
+
+    def narrow(x, *args):
+        if x[0, 0].numel() > most:
+            refused.append(x.shape)
+            raise error
+        return original(x, *args)
+
+    narrow.__dict__.update(original.__dict__)
+    layers[index] = narrow
+    monkeypatch.setattr(plan, stage, layers)
+    torch.testing.assert_close(plan(a, b, seen.append), whole, atol=1e-6, rtol=0)
+    assert refused and plan.tile_bytes < usual
+    assert seen == sorted(seen) and seen[-1] == pytest.approx(1)
+
+
+def test_tiles_that_cannot_be_halved_raise(monkeypatch):
+    plan = build_plan(network(2))
+
+    def full(*args):
+        raise MemoryError
+
+    full.__dict__.update(plan.ups[-1].__dict__)
+    monkeypatch.setattr(plan, "ups", [*plan.ups[:-1], full])
+    with pytest.raises(MemoryError):
+        plan(*pair(32, 32))
+
+
+def test_other_errors_are_not_taken_for_a_shortage(monkeypatch):
+    plan, calls = build_plan(network(2)), []
+
+    def broken(*args):
+        calls.append(1)
+        raise RuntimeError("a bug")
+
+    broken.__dict__.update(plan.ups[-1].__dict__)
+    monkeypatch.setattr(plan, "ups", [*plan.ups[:-1], broken])
+    with pytest.raises(RuntimeError, match="a bug"):
+        plan(*pair(32, 32))
+    assert len(calls) == 1
+
+
+def test_memory_needed_grows_with_batch_and_tiles():
+    config = ModelConfig(dimension=3)
+    shape = (160, 240, 240)
+    one = memory_needed(config, shape)
+    assert one < memory_needed(config, shape, 2)
+    assert memory_needed(config, shape, 1, 2**20) < one
+    # the bars: BraTS volumes in 1.5 GiB, clinical ones in 4 GiB
+    assert memory_needed(config, shape) < 1.5 * 2**30
+    assert memory_needed(config, (160, 512, 512)) < 4 * 2**30
 
 
 def test_same_input_same_bytes():
