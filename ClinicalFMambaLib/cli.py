@@ -302,6 +302,42 @@ def phantom(
 
 
 @app.command()
+def bench(
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the rows as JSON.")
+    ] = None,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="2d-256, 2d-512, 2d-slices, 3d-128, 3d-brats, 3d-clinical, scan; repeatable."
+        ),
+    ] = None,
+    precision: Annotated[str, typer.Option(metavar="float32|bfloat16", help="Of the fast path.")] = "float32",
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|mps")] = "auto",
+    max_memory: Annotated[float | None, typer.Option(metavar="GIB", help="Bound on the fast path's memory.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often the two paths take turns.")] = 3,
+) -> None:
+    """Measure time and memory of the fast path against the plain one: 2D 256x256 and 3D 128x128x128 by default."""
+    _require_engine()
+    from .inference.bench import DEFAULT_CASES, run_bench, table, to_json
+
+    if json_file is not None:
+        _check_folder(json_file)
+    rows = run_bench(
+        case or DEFAULT_CASES,
+        precision=precision,
+        device=device,
+        max_memory_gib=max_memory,
+        rounds=rounds,
+        report=lambda row: log.info("%s: %.3f s", row.case, row.fast_s),
+    )
+    print(table(rows))
+    if json_file is not None:
+        to_json(rows, json_file)
+        print(json_file)
+
+
+@app.command()
 def models(
     verify: Annotated[bool, typer.Option("--verify", help="Check the files against their SHA-256.")] = False,
 ) -> None:

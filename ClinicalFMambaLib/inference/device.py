@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from ..config import ModelConfig
 from ..errors import DeviceError
-from ..models.clinicalfmamba import STRIDE
 
 GIB = 2**30
-# Float32 values that live at once for each voxel of the padded input and each channel of the first level, measured as
-# the growth of the process's peak memory: 8 to 12 at 256² and at 64³ to 96³.
-_LIVE_VALUES = 12
 
 
 def choose_device(choice: str = "auto") -> tuple[torch.device, str]:
@@ -63,7 +56,9 @@ def free_memory(device: torch.device) -> float | None:
     return None
 
 
-def memory_needed(config: ModelConfig, shape: Sequence[int]) -> float:
-    """Bytes that the network needs for one pair of ``shape``, (H, W) or (D, H, W); an estimate from above."""
-    padded = math.prod(-(-n // STRIDE) * STRIDE for n in shape)
-    return 4.0 * _LIVE_VALUES * config.channels[0] * padded
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of torch or numpy says that memory ran out."""
+    if isinstance(error, MemoryError):
+        return True
+    words = ("out of memory", "not enough memory", "allocate memory", "could not create a memory", "bad allocation")
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)

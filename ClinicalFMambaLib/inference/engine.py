@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import importlib.util
 import json
 import os
 import time
@@ -23,14 +22,13 @@ import torch
 from .. import NOTICE, __version__
 from ..config import FusionOptions, ModelConfig, parse_modality
 from ..errors import Cancelled, InputError, WeightsError
-from ..models.clinicalfmamba import ClinicalFMamba
-from ..ops.selective_scan import available_backends
 from ..pretrained import find_weights, load_model, read_index, sha256
 from ..preview import PLANES, patient_axes, to_uint8
 from ..volumes import Volume, check_registration, compare_grids, overlap_fraction, resample_onto
 from .colour import luma, rgb_to_ycbcr, ycbcr_to_rgb
-from .device import GIB, choose_device, free_memory, memory_needed
+from .device import GIB, choose_device, free_memory, is_out_of_memory
 from .intensity import Window, apply_window, choose_window, count_nonfinite, guess_modality
+from .plan import MIN_TILE_BYTES, TILE_BYTES, FusionPlan, build_plan, largest_tile, memory_needed
 
 SCALE = 1000  # of scalar results: int16 survives DICOM export and compresses, a thousandth is below what is visible
 FUNCTIONAL = ("SPECT", "PET")
@@ -89,7 +87,7 @@ class _Loaded:
     config: ModelConfig
     modalities: tuple[str, ...]
     device: torch.device
-    network: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    network: FusionPlan
 
 
 @dataclass(frozen=True)
@@ -260,7 +258,7 @@ class FusionEngine:
                 model = self._load(str(model.path), device, model.name)
                 fused = _apply_network(model, pair, axis, options.max_memory_gib, run)
             record["network_inputs"] = [second.name, first.name] if swapped else [first.name, second.name]
-            record["scan_backend"] = available_backends(device)[0]
+            record["scan_backend"] = model.network.scan_backend
 
         with run.step("making the output", 0.97):
             volume, scale = _make_output(first, second, a01, b01, fused)
@@ -279,7 +277,8 @@ class FusionEngine:
                 "config": _plain(model.config),
             },
             "device": {"name": str(device), "reason": reason},
-            "scan_backend": available_backends(device)[0],
+            "scan_backend": model.network.scan_backend,
+            "precision": model.network.precision,
             "plane": {"name": plane, "reason": why},
             "grid_difference": difference,
             "resampled": bool(difference),
@@ -338,18 +337,9 @@ class FusionEngine:
                 module.config,
                 _modalities(entry.get("modalities", ())),
                 device,
-                _network(module.to(device)),
+                build_plan(module.to(device)),
             )
         return self._loaded[key]
-
-
-def _network(model: ClinicalFMamba) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The function (a, b) -> fused that all forward passes go through: the inference plan of the network."""
-    if importlib.util.find_spec(f"{__package__}.plan") is None:
-        return model
-    from .plan import build_plan
-
-    return build_plan(model)
 
 
 def _plain(settings) -> dict:
@@ -471,17 +461,16 @@ def _apply_network(
     shape = pair[0].shape
     whole = model.config.dimension == 3
     one = shape if whole else tuple(n for k, n in enumerate(shape) if k != axis)
-    limit = _pixels_at_once(model, one, max_memory_gib)
+    batch, model.network.tile_bytes = _fit(model, one, max_memory_gib)
     try:
         if whole:
-            run.at("fusing", 0.2)
-            fused = _forward(model, pair[0][None], pair[1][None])[0]
+            fused = _forward(model, pair[0][None], pair[1][None], lambda f: run.at("fusing", 0.2 + 0.75 * f))[0]
         else:
-            fused = _fuse_slices(model, pair, axis, limit, run)
+            fused = _fuse_slices(model, pair, axis, batch, run)
     except torch.cuda.OutOfMemoryError:
         raise
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+        if not is_out_of_memory(error):
             raise
         raise InputError(_too_large(model, one, "more than this machine has free")) from error
     if not np.isfinite(fused).all():
@@ -489,27 +478,37 @@ def _apply_network(
     return fused
 
 
-def _pixels_at_once(model: _Loaded, shape: tuple[int, ...], max_memory_gib: float | None) -> int:
-    """How many images of ``shape`` go into one batch; raises InputError where the memory does not hold one."""
-    need = memory_needed(model.config, shape)
+def _fit(model: _Loaded, shape: tuple[int, ...], max_memory_gib: float | None) -> tuple[int, int]:
+    """How many pairs of ``shape`` go into one batch, and the size of the plan's tiles.
+
+    Raises:
+        InputError: the memory does not hold one pair in the smallest tiles.
+    """
+    usual = 1
+    if model.config.dimension == 2:
+        pixels = _CPU_BATCH_PIXELS if model.device.type == "cpu" else _GPU_BATCH_PIXELS
+        usual = max(1, pixels // int(np.prod(shape)))
     budget = max_memory_gib * GIB if max_memory_gib else free_memory(model.device)
-    usual = _CPU_BATCH_PIXELS if model.device.type == "cpu" else _GPU_BATCH_PIXELS
-    batch = max(1, usual // int(np.prod(shape)))
     if budget is None:
-        return batch
-    if need > budget:
-        # A GPU's shortage shows by itself and is answered by the CPU.
-        if model.device.type != "cpu" and not max_memory_gib:
-            return 1
-        raise InputError(_too_large(model, shape, f"{budget / GIB:.1f} GiB may be used"))
-    return max(1, min(batch, int(budget // need)))
+        return usual, TILE_BYTES
+    for batch in range(usual, 0, -1):
+        if memory_needed(model.config, shape, batch) <= budget:
+            return batch, TILE_BYTES
+    tile = largest_tile(model.config, shape, budget, TILE_BYTES, MIN_TILE_BYTES)
+    if tile is not None:
+        return 1, tile
+    # A GPU's shortage shows by itself and is answered by the CPU.
+    if model.device.type != "cpu" and not max_memory_gib:
+        return 1, MIN_TILE_BYTES
+    raise InputError(_too_large(model, shape, f"{budget / GIB:.2g} GiB may be used"))
 
 
 def _too_large(model: _Loaded, shape: tuple[int, ...], limit: str) -> str:
     size = "x".join(str(n) for n in reversed(shape))
+    least = memory_needed(model.config, shape, 1, MIN_TILE_BYTES) / GIB
     way_out = "a 2D model (--model mri-ct-2d)" if len(shape) == 3 else "smaller images"
     return (
-        f"fusing {size} voxels with {model.name} needs about {memory_needed(model.config, shape) / GIB:.2g} GiB, "
+        f"fusing {size} voxels with {model.name} needs about {least:.2g} GiB, "
         f"{limit}: raise --max-memory, crop the volumes, or use {way_out}"
     )
 
@@ -520,17 +519,19 @@ def _fuse_slices(model: _Loaded, pair: tuple[np.ndarray, np.ndarray], axis: int,
     fused = np.zeros(x.shape, np.float32)
     filled = [k for k in range(len(x)) if x[k].any() or y[k].any()]
     for start in range(0, len(filled), batch):
-        run.at("fusing", 0.2 + 0.75 * start / len(filled))
         part = filled[start : start + batch]
-        fused[part] = _forward(model, x[part], y[part])
+
+        def tick(fraction: float, start=start, part=part) -> None:
+            run.at("fusing", 0.2 + 0.75 * (start + fraction * len(part)) / len(filled))
+
+        fused[part] = _forward(model, x[part], y[part], tick)
     return np.ascontiguousarray(np.moveaxis(fused, 0, axis))
 
 
-def _forward(model: _Loaded, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """(B, ...) float32 from two of them."""
-    with torch.inference_mode():
-        a, b = (torch.from_numpy(np.ascontiguousarray(v))[:, None].to(model.device) for v in (x, y))
-        return model.network(a, b)[:, 0].float().cpu().numpy()
+def _forward(model: _Loaded, x: np.ndarray, y: np.ndarray, tick: Callable[[float], None]) -> np.ndarray:
+    """(B, ...) float32 from two of them; ``tick`` is called with the fraction done after each tile."""
+    a, b = (torch.from_numpy(np.ascontiguousarray(v))[:, None] for v in (x, y))
+    return model.network(a, b, tick)[:, 0].cpu().numpy()
 
 
 # ------------------------------------------------------------------------------------------------ output

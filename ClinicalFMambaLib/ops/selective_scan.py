@@ -8,6 +8,8 @@ equations 2a and 2b with the zero-order hold for A and the Euler step for B, as 
 Backends:
     ``reference``  one token after the other in plain PyTorch; any floating type; the standard for all others
     ``blocked``    blocks of tokens that stay in the processor's cache; values and gradients; any device
+    ``chunked``    segments of tokens side by side, no loop over all tokens; values only; any device
+    ``numba``      compiled for this CPU, where numba is installed; values only
     ``mamba-ssm``  the CUDA kernel of the mamba-ssm package, where that is installed
 """
 
@@ -19,12 +21,15 @@ import logging
 import torch
 
 from ..errors import InputError, MissingDependencyError
+from .token_scan import numba_kernels, scan_tokens
 
 logger = logging.getLogger(__name__)
 
 # Elements of one block of states. 2**18 float32 are 1 MiB: a block of decays or of states fits the
 # L2 cache of a core; measured best of 2**17 ... 2**21 on 2 Zen 5 cores.
 _BLOCK_ELEMENTS = 2**18
+# States of one chunk of the values-only forms: 16 MiB.
+_CHUNK_ELEMENTS = 2**22
 
 
 @functools.cache
@@ -38,10 +43,14 @@ def _mamba_ssm_scan():
     return selective_scan_fn
 
 
-def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
-    """Names of the backends that work on ``device``, fastest first."""
-    cuda = torch.device(device).type == "cuda" and _mamba_ssm_scan() is not None
-    return (("mamba-ssm",) if cuda else ()) + ("blocked", "reference")
+def available_backends(device: torch.device | str = "cpu", *, gradients: bool = False) -> tuple[str, ...]:
+    """Names of the backends that work on ``device``, fastest first; with ``gradients`` only those that have them."""
+    kind = torch.device(device).type
+    names = ["mamba-ssm"] if kind == "cuda" and _mamba_ssm_scan() is not None else []
+    if not gradients:
+        names += ["numba"] if kind == "cpu" and numba_kernels() is not None else []
+        names += ["chunked"]
+    return (*names, "blocked", "reference")
 
 
 def selective_scan(
@@ -77,19 +86,57 @@ def selective_scan(
     if u.device.type == "meta":
         return torch.empty_like(u)
     if backend == "auto":
-        backend = available_backends(u.device)[0]
+        inputs = (x for x in (u, delta, A, B, C, D) if x is not None)
+        gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        # a double is asked for to be exact: the values-only forms compute in single precision
+        backend = available_backends(u.device, gradients=gradients or u.dtype == torch.float64)[0]
     if backend == "reference":
         return _scan_reference(u, delta, A, B, C, D)
     if backend == "blocked":
         y = _BlockedScan.apply(*_time_major(u, delta, A, B, C))
         y = y.flatten(2).permute(1, 2, 0).to(u.dtype)
         return y if D is None else torch.addcmul(y, u, D.to(u.dtype)[:, None])
+    if backend in ("numba", "chunked"):
+        if backend == "numba" and (numba_kernels() is None or u.device.type != "cpu"):
+            raise MissingDependencyError("backend 'numba' needs the numba package and the CPU")
+        return _scan_chunks(u, delta, A, B, C, D, backend)
     if backend == "mamba-ssm":
         scan = _mamba_ssm_scan()
         if scan is None or u.device.type != "cuda":
             raise MissingDependencyError("backend 'mamba-ssm' needs the mamba-ssm package and a CUDA device")
         return scan(u, delta.to(u.dtype), A.float(), B.to(u.dtype), C.to(u.dtype), None if D is None else D.float())
-    raise InputError(f"unknown scan backend {backend!r}; use one of auto, reference, blocked, mamba-ssm")
+    known = "auto, reference, blocked, chunked, numba, mamba-ssm"
+    raise InputError(f"unknown scan backend {backend!r}; use one of {known}")
+
+
+def _scan_chunks(u, delta, A, B, C, D, backend):
+    """Through :func:`.token_scan.scan_tokens`: groups are its parameter sets."""
+    batch, channels, length = u.shape
+    groups, states = B.shape[1:3]
+
+    def tokens(x):
+        return x.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).float()
+
+    A = A.float().unflatten(0, (groups, -1)).transpose(1, 2).contiguous()
+    D = (u.new_zeros(channels) if D is None else D).float().unflatten(0, (groups, -1))
+    B, C = (x.permute(1, 0, 3, 2).float() for x in (B, C))
+    u_, delta_ = tokens(u), tokens(delta)
+    state = torch.zeros((groups, batch, states, channels // groups), device=u.device)
+    y = torch.empty(u_.shape, device=u.device)
+    step = max(64, _CHUNK_ELEMENTS // (batch * channels * states))
+    for start in range(0, length, step):
+        at = slice(start, start + step)
+        y[:, :, at] = scan_tokens(
+            u_[:, :, at],
+            delta_[:, :, at],
+            A,
+            B[:, :, at],
+            C[:, :, at],
+            D,
+            state,
+            backend=backend,
+        )
+    return y.permute(1, 0, 3, 2).flatten(1, 2).to(u.dtype)
 
 
 def scan_flops(batch: int, channels: int, tokens: int, states: int) -> int:

@@ -13,11 +13,11 @@ import torch
 from ClinicalFMambaLib import NOTICE, pretrained
 from ClinicalFMambaLib.config import FusionOptions, ModelConfig
 from ClinicalFMambaLib.errors import Cancelled, DeviceError, InputError, WeightsError
-from ClinicalFMambaLib.inference import device as device_module
 from ClinicalFMambaLib.inference import engine as engine_module
 from ClinicalFMambaLib.inference.colour import rgb_to_ycbcr
 from ClinicalFMambaLib.inference.device import choose_device
 from ClinicalFMambaLib.inference.engine import FusionEngine
+from ClinicalFMambaLib.inference.plan import memory_needed
 from ClinicalFMambaLib.models.clinicalfmamba import ClinicalFMamba
 from ClinicalFMambaLib.volumes import Volume
 
@@ -204,7 +204,7 @@ def test_plane_of_a_2d_model(engine, weights, monkeypatch, direction, spacing, p
     shape = (16, 20, 24)
     seen = []
     original = engine_module._forward
-    monkeypatch.setattr(engine_module, "_forward", lambda m, x, y: seen.append(x.shape[1:]) or original(m, x, y))
+    monkeypatch.setattr(engine_module, "_forward", lambda m, x, y, t: seen.append(x.shape[1:]) or original(m, x, y, t))
     result = fuse(engine, ct(shape, **fields), blob(shape, **fields), model=weights["ct"], plane=plane)
     assert set(seen) == {tuple(n for k, n in enumerate(shape) if k != axis)}
     assert result.provenance["plane"]["name"] == name
@@ -418,15 +418,43 @@ def test_too_little_memory_is_said_before_computing(engine, weights, model):
 def test_memory_bound_limits_the_batch(engine, weights, monkeypatch):
     sizes = []
     original = engine_module._forward
-    monkeypatch.setattr(engine_module, "_forward", lambda m, x, y: sizes.append(len(x)) or original(m, x, y))
+    monkeypatch.setattr(engine_module, "_forward", lambda m, x, y, t: sizes.append(len(x)) or original(m, x, y, t))
     config = ModelConfig(channels=(4, 4, 8), mamba_layers=1)
-    two = 2.5 * device_module.memory_needed(config, (24, 20)) / 2**30
+    two = memory_needed(config, (24, 20), 2.5) / 2**30
     fuse(engine, ct(), blob(), model=weights["ct"], max_memory_gib=two)
     assert max(sizes) == 2
 
 
+def test_memory_bound_makes_the_tiles_smaller_and_changes_nothing(weights, monkeypatch):
+    monkeypatch.setattr(engine_module, "TILE_BYTES", 2**16)
+    monkeypatch.setattr(engine_module, "MIN_TILE_BYTES", 2**10)
+    engine = FusionEngine("cpu")
+    a, b = blob((24, 40, 32)), blob((24, 40, 32), seed=1)
+    free = fuse(engine, a, b, model=weights["mr"])
+    (model,) = engine._loaded.values()
+    usual = model.network.tile_bytes
+    least = memory_needed(model.config, a.shape, 1, usual // 16) / 2**30
+    bounded = fuse(engine, a, b, model=weights["mr"], max_memory_gib=least)
+    assert model.network.tile_bytes <= usual // 16
+    np.testing.assert_allclose(bounded.fused, free.fused, atol=1e-5)
+    fuse(engine, a, b, model=weights["mr"])
+    assert model.network.tile_bytes == usual
+
+
+def test_progress_and_cancelling_after_each_tile_of_a_volume(engine, weights, monkeypatch):
+    monkeypatch.setattr(engine_module, "TILE_BYTES", 20_000)
+    seen, asked = [], []
+    options = FusionOptions(model=weights["mr"], check_registration=False)
+    pair = blob((24, 40, 32)), blob((24, 40, 32), seed=1)
+    engine.fuse(*pair, options, lambda stage, x: seen.append(x) if stage == "fusing" else None)
+    assert len(seen) > 20 and seen == sorted(seen)
+    with pytest.raises(Cancelled):
+        engine.fuse(*pair, options, None, lambda: asked.append(1) or len(asked) > 12)
+    assert len(asked) == 13
+
+
 def test_failed_allocation_becomes_one_line(engine, weights, monkeypatch):
-    def fail(model, x, y):
+    def fail(model, x, y, tick):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
     monkeypatch.setattr(engine_module, "_forward", fail)
@@ -435,7 +463,7 @@ def test_failed_allocation_becomes_one_line(engine, weights, monkeypatch):
 
 
 def test_other_failures_are_not_disguised(engine, weights, monkeypatch):
-    def fail(model, x, y):
+    def fail(model, x, y, tick):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(engine_module, "_forward", fail)
@@ -446,11 +474,11 @@ def test_other_failures_are_not_disguised(engine, weights, monkeypatch):
 def test_full_gpu_falls_back_to_the_cpu(engine, weights, monkeypatch):
     original, calls = engine_module._forward, []
 
-    def full_at_first(model, x, y):
+    def full_at_first(model, x, y, tick):
         calls.append(model.device.type)
         if len(calls) == 1:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return original(model, x, y)
+        return original(model, x, y, tick)
 
     monkeypatch.setattr(engine_module, "_forward", full_at_first)
     result = fuse(engine, ct(), blob(), model=weights["ct"])
@@ -499,7 +527,8 @@ def test_provenance_is_complete_json(engine, weights):
     assert "brain" in p["inputs"]["a"]["window"]["origin"]
     assert p["inputs"]["a"]["size_xyz"] == [20, 24, 6]
     assert p["settings"]["window_a"] == "brain"
-    assert p["scan_backend"] in ("blocked", "mamba-ssm")
+    assert p["scan_backend"] in ("numba", "chunked", "mamba-ssm")
+    assert p["precision"] == "float32"
     assert [step["step"] for step in p["steps"]] == [
         "checking the inputs",
         "loading the model",

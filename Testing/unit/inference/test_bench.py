@@ -1,0 +1,42 @@
+"""The bench: both paths in processes of their own, on sizes that take no time."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ClinicalFMambaLib.cli import main
+from ClinicalFMambaLib.errors import InputError
+from ClinicalFMambaLib.inference import bench
+
+
+def test_unknown_case_is_refused_before_anything_runs(capsys):
+    assert main(["bench", "--case", "4d"]) == 2
+    error = capsys.readouterr().err
+    assert "4d" in error and "3d-clinical" in error and len(error.strip().splitlines()) == 1
+    with pytest.raises(InputError):
+        bench.run_bench(["2d-256", "4d"], report=lambda row: pytest.fail("ran"))
+
+
+def test_scan_and_network_rows_are_measured(tmp_path, monkeypatch, capsys):
+    # the children read the cases from the module, so the test takes a case that exists and is quick
+    monkeypatch.setattr(bench, "SCAN_LENGTHS", (1024,))
+    file = tmp_path / "bench.json"
+    assert main(["bench", "--case", "scan", "--case", "2d-256", "--rounds", "1", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())
+    assert [row["case"] for row in rows] == ["scan-1k", "2d-256"]
+    for row in rows:
+        assert 0 < row["fast_s"] < row["plain_s"]
+        assert row["ratio"] == pytest.approx(row["plain_s"] / row["fast_s"])
+        assert row["max_abs_diff"] < 1e-3
+        assert row["peak_mib"] > 0 and row["plain_peak_mib"] > 0
+    assert sum(rows[1]["shares"].values()) == pytest.approx(1, abs=0.01)
+    assert rows[1]["voxels"] == 256 * 256
+    out = capsys.readouterr().out
+    assert "2d-256" in out and "scan-1k" in out and "ratio" in out
+
+
+def test_failing_child_is_one_line():
+    with pytest.raises(InputError, match="fast path"):
+        bench._run_child({"case": "2d-256", "path": "fast", "device": "gpu", "precision": "float32"})
