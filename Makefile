@@ -25,7 +25,7 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable ".[train]" "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[train,fast]" "$(TORCH)"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
