@@ -50,7 +50,7 @@ def test_bundle_is_complete(published):
 def test_card_states_what_was_measured_on_whom(published):
     run, folder, summary = published
     record = json.loads((run / "mri-ct-2d.json").read_text())
-    card = (folder / "mri-ct-2d.md").read_text()
+    card = (folder / "mri-ct-2d.md").read_text(encoding="utf-8")
     (held_back,) = record["validation_patients"]
     assert NOTICE in card
     assert f"1 other patients ({held_back})" in " ".join(card.split())
