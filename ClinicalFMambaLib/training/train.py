@@ -288,26 +288,22 @@ def train(preset: dict, name: str, data: Path, out: Path, resume: bool = False) 
     resumed = resume and last.is_file()
     if resumed:
         _check_checkpoint(last, module)
-    crops = PairCrops(
-        training,
-        source.order,
-        source.crop,
-        dimension=config.dimension,
-        seed=settings.seed,
-        swap=source.swap,
-        augment=source.augment,
-    )
-    whole = ValidationPairs(validation, source.order, dimension=config.dimension, crop=max(source.crop, 64))
     timer = Timer()
-    with _lightning_quiet():
+    with _lightning_quiet(), _full_disk_in_one_line(out):
+        crops = PairCrops(
+            training,
+            source.order,
+            source.crop,
+            dimension=config.dimension,
+            seed=settings.seed,
+            swap=source.swap,
+            augment=source.augment,
+            cache=out / "cache",
+        )
+        whole = ValidationPairs(validation, source.order, dimension=config.dimension, crop=max(source.crop, 64))
         trainer = _trainer(preset, settings, source, out, last, timer)
-        try:
-            datamodule = _Data(crops, whole, source, settings.steps_per_epoch)
-            trainer.fit(module, datamodule=datamodule, ckpt_path=str(last) if resumed else None)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and not isinstance(error, OutputError):
-                raise OutputError(f"{out}: {error.strerror}; free some space, then --resume continues") from error
-            raise
+        datamodule = _Data(crops, whole, source, settings.steps_per_epoch)
+        trainer.fit(module, datamodule=datamodule, ckpt_path=str(last) if resumed else None)
     weights = out / f"{name}.safetensors"
     if trainer.is_global_zero:
         # the averaged weights of the last step; the module's own are these only if a step was trained just now
@@ -350,6 +346,18 @@ def _trainer(preset, settings: TrainingOptions, source: DataOptions, out: Path, 
         return pl.Trainer(**options)
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise InputError(f"Lightning refuses these settings: {' '.join(str(error).split())}") from error
+
+
+@contextlib.contextmanager
+def _full_disk_in_one_line(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OutputError(f"{out}: {error.strerror}; free some space, then --resume continues") from error
+        raise
 
 
 @contextlib.contextmanager
