@@ -14,6 +14,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from ..cases import Case, load_case
 from ..errors import InputError
+from ..files import replacing
 from ..inference.device import free_memory
 
 
@@ -63,6 +64,7 @@ class PairCrops(Dataset):
 
     Raises:
         InputError: a file cannot be read, or the sources of a case do not fit each other.
+        OutputError: the disk is full.
     """
 
     def __init__(self, cases, order, crop, *, dimension, seed, swap=False, augment=True, cache: Path | None = None):
@@ -81,7 +83,8 @@ class PairCrops(Dataset):
 
     def _mapped(self, stack: np.ndarray) -> np.ndarray:
         path = Path(self._folder.name) / f"{len(self.images)}.npy"
-        np.save(path, stack)
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, stack)
         return np.load(path, mmap_mode="r")
 
     def __getitem__(self, index: tuple[int, int]) -> torch.Tensor:

@@ -126,8 +126,8 @@ def list_presets() -> list[str]:
 def load_preset(name: str, overrides: Sequence[str] = ()) -> dict:
     """A preset by name, or from a path that ends with .yaml, with ``section.key=value`` overrides.
 
-    Besides :data:`SECTIONS` there are ``trainer``, whose keys are options of Lightning's Trainer (devices, strategy,
-    num_nodes, accelerator …), and ``card``, the words of the model card; both may be left out.
+    Besides :data:`SECTIONS` there is ``trainer``, whose keys are options of Lightning's Trainer (devices, strategy,
+    num_nodes, accelerator …).
 
     Raises:
         InputError: no such preset, section or key, a value of the wrong kind, or text that is not YAML.
@@ -150,7 +150,7 @@ def load_preset(name: str, overrides: Sequence[str] = ()) -> dict:
             preset[section][key] = yaml.safe_load(value)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
-    if unknown := sorted(set(preset) - {*known, "card"}):
+    if unknown := sorted(set(preset) - set(known)):
         raise InputError(f"{name} has an unknown section {unknown[0]!r}; known: {', '.join(known)}")
     read_preset(preset)
     return preset
@@ -288,22 +288,27 @@ def train(preset: dict, name: str, data: Path, out: Path, resume: bool = False) 
     resumed = resume and last.is_file()
     if resumed:
         _check_checkpoint(last, module)
+    crops = PairCrops(
+        training,
+        source.order,
+        source.crop,
+        dimension=config.dimension,
+        seed=settings.seed,
+        swap=source.swap,
+        augment=source.augment,
+        cache=out / "cache",
+    )
+    whole = ValidationPairs(validation, source.order, dimension=config.dimension, crop=max(source.crop, 64))
     timer = Timer()
-    with _lightning_quiet(), _full_disk_in_one_line(out):
-        crops = PairCrops(
-            training,
-            source.order,
-            source.crop,
-            dimension=config.dimension,
-            seed=settings.seed,
-            swap=source.swap,
-            augment=source.augment,
-            cache=out / "cache",
-        )
-        whole = ValidationPairs(validation, source.order, dimension=config.dimension, crop=max(source.crop, 64))
+    with _lightning_quiet():
         trainer = _trainer(preset, settings, source, out, last, timer)
-        datamodule = _Data(crops, whole, source, settings.steps_per_epoch)
-        trainer.fit(module, datamodule=datamodule, ckpt_path=str(last) if resumed else None)
+        try:
+            datamodule = _Data(crops, whole, source, settings.steps_per_epoch)
+            trainer.fit(module, datamodule=datamodule, ckpt_path=str(last) if resumed else None)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and not isinstance(error, OutputError):
+                raise OutputError(f"{out}: {error.strerror}; free some space, then --resume continues") from error
+            raise
     weights = out / f"{name}.safetensors"
     if trainer.is_global_zero:
         # the averaged weights of the last step; the module's own are these only if a step was trained just now
@@ -346,18 +351,6 @@ def _trainer(preset, settings: TrainingOptions, source: DataOptions, out: Path, 
         return pl.Trainer(**options)
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise InputError(f"Lightning refuses these settings: {' '.join(str(error).split())}") from error
-
-
-@contextlib.contextmanager
-def _full_disk_in_one_line(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OutputError:
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OutputError(f"{out}: {error.strerror}; free some space, then --resume continues") from error
-        raise
 
 
 @contextlib.contextmanager
