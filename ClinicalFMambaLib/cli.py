@@ -429,6 +429,27 @@ def _trainer():
 
 
 @app.command()
+def ablate(
+    preset: Annotated[str, typer.Argument(metavar="PRESET", help="Name of a preset, or a .yaml file.")],
+    data: Annotated[Path, typer.Option(metavar="DIR", help=_DATA)],
+    out: Annotated[Path, typer.Option("-o", "--output", metavar="DIR")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the preset.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each variant.")] = 3,
+) -> None:
+    """Train without CMCA and with a single scan direction, over several seeds; table and plot. Call again to go on."""
+    trainer = _trainer()
+    _require_evaluation()
+    from .training.ablate import ablate as run
+
+    settings = trainer.load_preset(preset, overrides or [])
+    _make_folder(out)
+    run(settings, Path(preset).name.removesuffix(".yaml"), data, out, seeds)
+    trainer.rank_zero_only(lambda: print((out / "ablation.md").read_text(encoding="utf-8"), end=""))()
+
+
+@app.command()
 def evaluate(
     data: Annotated[Path, typer.Option(metavar="DIR", help=_DATA)],
     out: Annotated[Path, typer.Option("-o", "--output", metavar="DIR")],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,8 +142,18 @@ def _to_height(picture: np.ndarray, height: int) -> np.ndarray:
     return np.pad(large, [(missing // 2, missing - missing // 2), *[(0, 0)] * (large.ndim - 1)])
 
 
-def save_chart(path: Path, rows: Sequence[Row]) -> Path:
-    """A panel for each metric: a dot for each patient, the mean over patients and its 95 % interval."""
+def save_chart(
+    path: Path,
+    rows: Sequence[Row],
+    interval: Callable[[np.ndarray], tuple[float, float]] = interval,
+    highlighted: str = MODEL,
+) -> Path:
+    """A panel for each metric: a dot for each patient (or seed), their mean and its 95 % interval.
+
+    Args:
+        interval: lowest and highest value of the interval, from the values of the dots.
+        highlighted: the method that is drawn in red.
+    """
     matplotlib = require("matplotlib", "the chart of the metrics", "matplotlib")
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
@@ -157,7 +167,7 @@ def save_chart(path: Path, rows: Sequence[Row]) -> Path:
         for y, method in enumerate(methods):
             means = np.array(list(patient_means(rows, method, metric).values()))
             low, high = interval(means)
-            colour = "#c0392b" if method == MODEL else "#8a8a8a" if method in SOURCES else "#2c5f8a"
+            colour = "#c0392b" if method == highlighted else "#8a8a8a" if method in SOURCES else "#2c5f8a"
             axes.plot(means, np.full(len(means), y), ".", color=colour, alpha=0.35, markersize=5)
             axes.plot([low, high], [y, y], color=colour, linewidth=2)
             axes.plot(means.mean(), y, "o", color=colour, markersize=6)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +14,8 @@ from torch.utils.data.distributed import DistributedSampler
 
 from ..cases import Case, load_case
 from ..errors import InputError
+from ..files import replacing
+from ..inference.device import free_memory
 
 
 def split_by_patient(cases: Sequence[Case], validation: Sequence[str] | float, seed: int):
@@ -47,7 +51,7 @@ def split_by_patient(cases: Sequence[Case], validation: Sequence[str] | float, s
 
 
 class PairCrops(Dataset):
-    """Random crops of pairs with augmentation; the images are kept in memory as 16 bit.
+    """Random crops of pairs with augmentation; the images are kept as 16 bit, in memory where they fit.
 
     An item is a (2, 1, *crop) float32 tensor, the anatomical source first. Its index is (epoch, number): each has
     draws of its own from the seed, so that processes, workers and resumed runs see what one uninterrupted process
@@ -56,20 +60,32 @@ class PairCrops(Dataset):
     Args:
         crop: edge in pixels or voxels.
         swap: draw two of the sources in any order, instead of the first two in theirs.
+        cache: folder for a file of the images, mapped into memory, where they would fill more than half of it.
 
     Raises:
         InputError: a file cannot be read, or the sources of a case do not fit each other.
+        OutputError: the disk is full.
     """
 
-    def __init__(self, cases, order, crop, *, dimension, seed, swap=False, augment=True):
+    def __init__(self, cases, order, crop, *, dimension, seed, swap=False, augment=True, cache: Path | None = None):
         self.crop, self.seed, self.swap, self.augment = (crop,) * dimension, seed, swap, augment
         self.images, self.slices = [], []
+        self._folder = None
         for case in cases:
             stack = np.round(load_case(case, order) * 65535).astype(np.uint16)
             if stack.ndim - 1 < dimension:
                 raise InputError(f"{case.name} is an image, and this preset trains on volumes; use a 2D preset")
-            self.images.append(stack)
+            if not self.images and cache and stack.nbytes * len(cases) > _free_memory() / 2:
+                cache.mkdir(parents=True, exist_ok=True)
+                self._folder = tempfile.TemporaryDirectory(dir=cache)
+            self.images.append(self._mapped(stack) if self._folder else stack)
             self.slices.append(_filled_slices(stack) if stack.ndim - 1 > dimension else None)
+
+    def _mapped(self, stack: np.ndarray) -> np.ndarray:
+        path = Path(self._folder.name) / f"{len(self.images)}.npy"
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, stack)
+        return np.load(path, mmap_mode="r")
 
     def __getitem__(self, index: tuple[int, int]) -> torch.Tensor:
         return self.sample(np.random.default_rng([self.seed, *index]))
@@ -132,6 +148,10 @@ class ValidationPairs(Dataset):
         elif pair.ndim == 4:
             pair = pair[(slice(None), *_middle(pair, self.crop))]
         return torch.from_numpy(np.ascontiguousarray(pair))[:, None]
+
+
+def _free_memory() -> float:
+    return free_memory(torch.device("cpu")) or float("inf")
 
 
 def _filled_slices(pair: np.ndarray) -> np.ndarray:

@@ -159,11 +159,12 @@ def load_preset(name: str, overrides: Sequence[str] = ()) -> dict:
         raise InputError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
     if unknown := sorted(set(preset) - set(known)):
         raise InputError(f"{name} has an unknown section {unknown[0]!r}; known: {', '.join(known)}")
-    _read(preset)
+    read_preset(preset)
     return preset
 
 
-def _read(preset: dict) -> tuple[ModelConfig, DataOptions, LossWeights, TrainingOptions]:
+def read_preset(preset: dict) -> tuple[ModelConfig, DataOptions, LossWeights, TrainingOptions]:
+    """The sections of a preset, checked; raises :class:`InputError`."""
     lightning = set(inspect.signature(pl.Trainer.__init__).parameters) - _OWN
     if unknown := sorted(set(preset.get("trainer", {})) - lightning):
         raise InputError(
@@ -203,7 +204,7 @@ def dry_run(preset: dict, data: Path, progress=None) -> tuple[str, list[str]]:
 
     Reads every file. Problems: sources without partner, files that cannot be read, sizes that differ, one patient only.
     """
-    config, source, _, settings = _read(preset)
+    config, source, _, settings = read_preset(preset)
     listing = list_cases(data, source.order)
     problems = [*listing.problems, *check_cases(listing.cases, source.order, progress)]
     lines = [_found(data, listing)]
@@ -276,7 +277,7 @@ def train(preset: dict, name: str, data: Path, out: Path, resume: bool = False) 
         TrainingError: the loss is no number.
         Stopped: SIGTERM or Ctrl-C, after the checkpoint was written.
     """
-    config, source, loss, settings = _read(preset)
+    config, source, loss, settings = read_preset(preset)
     last = out / "checkpoints" / "last.ckpt"
     if last.is_file() and not resume and rank_zero_only.rank == 0:
         raise InputError(f"{out} already holds a run; --resume continues it, or choose another folder")
@@ -299,6 +300,7 @@ def train(preset: dict, name: str, data: Path, out: Path, resume: bool = False) 
         seed=settings.seed,
         swap=source.swap,
         augment=source.augment,
+        cache=out / "cache",
     )
     if settings.freeze_norm:
         if not resumed:

@@ -94,6 +94,18 @@ def test_crops_of_volumes_in_2d_are_axial_slices(cases):
     assert (slices - crop[:, :18]).abs().amax((-1, -2)).min() < 1e-6
 
 
+def test_more_images_than_memory_are_mapped_from_disk(pairs, tmp_path, monkeypatch):
+    found = find_cases(pairs)
+    inside = crops(found, ["MRI", "CT"], cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr("ClinicalFMambaLib.training.data._free_memory", lambda: 10_000.0)
+    mapped = crops(found, ["MRI", "CT"], cache=tmp_path / "cache")
+    assert all(isinstance(image, np.memmap) for image in mapped.images)
+    assert torch.equal(draw(mapped), draw(inside))
+    del mapped
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
 def test_images_are_refused_by_a_3d_preset(pairs):
     with pytest.raises(InputError, match="use a 2D preset"):
         crops(find_cases(pairs), ["MRI", "CT"], 8, 3)
