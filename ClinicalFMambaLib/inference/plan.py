@@ -580,9 +580,9 @@ def _largest(x: torch.Tensor, shape: Sequence[int], kernel: torch.Tensor) -> tor
 
 def _shifted_sums(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Sum over all voxels of the source moved by -1, 0 and 1 along each axis, (3, 3) or (3, 3, 3) in double."""
-    x = x[tuple(slice(2, 2 + n) for n in shape)].double()
+    x = x[tuple(slice(2, 2 + n) for n in shape)]
     for _ in range(len(shape)):
-        total, first, last = x.sum(0), x[0], x[-1]
+        total, first, last = x.sum(0, dtype=torch.float64), x[0].double(), x[-1].double()
         x = torch.stack([total - last, total, total - first], -1)
     return x
 
