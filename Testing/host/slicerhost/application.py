@@ -236,11 +236,12 @@ class qSlicerModuleManager(QtCore.QObject):  # noqa: N801
         for name, kind in CORE_MODULES.items():
             logic = None
             if kind is not None:
-                logic = logic_of_app.GetColorLogic() if name == "Colors" else getattr(slicer, kind)()
-                if name != "Colors":
-                    logic.SetMRMLApplicationLogic(logic_of_app)
-                    logic.SetMRMLScene(slicer.mrmlScene)
-                    logic_of_app.SetModuleLogic(name, logic)
+                logic = getattr(slicer, kind)()
+                logic.SetMRMLApplicationLogic(logic_of_app)
+                logic_of_app.SetModuleLogic(name, logic)
+                if name == "Colors":
+                    logic_of_app.SetColorLogic(logic)
+                logic.SetMRMLScene(slicer.mrmlScene)
             self._add(qSlicerLoadableModule(name, logic))
 
     def _load_scripted(self, folders):
@@ -399,10 +400,10 @@ class qSlicerApplication(QtWidgets.QApplication):  # noqa: N801
         slicer.mrmlScene = d.scene
         d.logic = slicer.vtkSlicerApplicationLogic()
         d.logic.SetMRMLScene(d.scene)
-        d.logic.SetTemporaryPath(d.temporaryPath) if hasattr(d.logic, "SetTemporaryPath") else None
+        d.logic.SetHomeDirectory(d.home)
+        d.logic.SetShareDirectory(self.slicerSharePath)
+        d.logic.SetTemporaryPath(d.temporaryPath)
         d.scene.SetRootDirectory(d.temporaryPath)
-        d.logic.GetColorLogic().SetMRMLScene(d.scene)
-        d.logic.GetColorLogic().AddDefaultColorNodes()
         d.modules = qSlicerModuleManager()
         d.io = io
         self._observe_subject_hierarchy()
@@ -414,29 +415,31 @@ class qSlicerApplication(QtWidgets.QApplication):  # noqa: N801
 
     def _observe_subject_hierarchy(self):
         """qSlicerSubjectHierarchyPluginLogic: an item for each visible node with data, gone with the node."""
-        scene, kind = self._d.scene, slicer.vtkMRMLScene
+        kind = slicer.vtkMRMLScene
+        observe(self, self._d.scene, kind.NodeAddedEvent, "_node_added")
+        observe(self, self._d.scene, kind.NodeAboutToBeRemovedEvent, "_node_removed")
+        observe(self, self._d.scene, kind.EndImportEvent, "_imported")
 
-        def add(node):
-            sh = scene.GetSubjectHierarchyNode()
-            if node is None or scene.IsImporting() or node.GetHideFromEditors():
-                return
-            if node.IsA("vtkMRMLStorableNode") and not node.IsA("vtkMRMLColorNode") and not sh.GetItemByDataNode(node):
-                sh.CreateItem(sh.GetSceneItemID(), node)
+    def _node_added(self, node):
+        scene = self._d.scene
+        if node is None or scene.IsImporting() or node.GetHideFromEditors():
+            return
+        sh = scene.GetSubjectHierarchyNode()
+        if node.IsA("vtkMRMLStorableNode") and not node.IsA("vtkMRMLColorNode") and not sh.GetItemByDataNode(node):
+            sh.CreateItem(sh.GetSceneItemID(), node)
 
-        def remove(node):
-            sh = scene.GetSubjectHierarchyNode()
-            if node is not None and not scene.IsClosing() and not node.IsA("vtkMRMLSubjectHierarchyNode"):
-                item = sh.GetItemByDataNode(node)
-                if item:
-                    sh.RemoveItem(item, False, False)
+    def _node_removed(self, node):
+        scene = self._d.scene
+        if node is None or scene.IsClosing() or node.IsA("vtkMRMLSubjectHierarchyNode"):
+            return
+        sh = scene.GetSubjectHierarchyNode()
+        item = sh.GetItemByDataNode(node)
+        if item:
+            sh.RemoveItem(item, False, False)
 
-        def add_all(_):
-            for i in range(scene.GetNumberOfNodes()):
-                add(scene.GetNthNode(i))
-
-        observe(self, scene, kind.NodeAddedEvent, add)
-        observe(self, scene, kind.NodeAboutToBeRemovedEvent, remove)
-        observe(self, scene, kind.EndImportEvent, add_all)
+    def _imported(self, _):
+        for i in range(self._d.scene.GetNumberOfNodes()):
+            self._node_added(self._d.scene.GetNthNode(i))
 
     # ---- Q_INVOKABLE -------------------------------------------------------------------------------------------------
 

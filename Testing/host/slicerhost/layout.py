@@ -122,7 +122,7 @@ class qMRMLSliceWidget(QtWidgets.QWidget):  # noqa: N801
         layout.addWidget(controller)
         layout.addWidget(view)
         for target in (d.slice, logic):
-            observe(self, target, vtk.vtkCommand.ModifiedEvent, self._modified)
+            observe(self, target, vtk.vtkCommand.ModifiedEvent, "_modified")
         controller._update()
 
     def _modified(self, _):
@@ -166,8 +166,8 @@ class qSlicerLayoutManager(QtCore.QObject):  # noqa: N801
         app_logic.SetSliceLogics(logics)
         d.logic = slicer.vtkMRMLLayoutLogic()
         d.logic.SetMRMLScene(slicer.mrmlScene)
-        observe(self, d.logic.GetLayoutNode(), vtk.vtkCommand.ModifiedEvent, self._layout_modified)
-        observe(self, slicer.mrmlScene, slicer.vtkMRMLScene.NodeAddedEvent, self._node_added)
+        observe(self, d.logic.GetLayoutNode(), vtk.vtkCommand.ModifiedEvent, "_layout_modified")
+        observe(self, slicer.mrmlScene, slicer.vtkMRMLScene.NodeAddedEvent, "_node_added")
         for node in slicer.util.getNodesByClass("vtkMRMLSliceNode"):
             self._node_added(node)
 

@@ -1,6 +1,7 @@
 """Stand-ins for the qMRML and qSlicer widgets, after their headers in Slicer's Libs/MRML/Widgets and Base/QTGUI."""
 
 import sys
+import weakref
 
 import slicer
 import vtk
@@ -24,18 +25,29 @@ _NODE_ROLE = 0x100  # Qt.UserRole: the node's ID
 _ACTION_ROLE = 0x101  # what an extra item does
 
 
-def observe(widget, target, event, method):
-    """Observe a VTK object until the widget's C++ half is gone."""
+_observed = {}  # (target, tag) -> callback; VTK alone does not keep a callback whose target only C++ holds alive
+
+
+def observe(widget, target, event, name, *args):
+    """Call the widget's method `name` with the event's node, as long as the widget lives. Returns the tag."""
+    reference = weakref.ref(widget)
 
     @vtk.calldata_type(vtk.VTK_OBJECT)
-    def callback(caller, name, data=None):
-        if Shiboken.isValid(widget):
-            method(data)
+    def callback(caller, event_name, data=None):
+        living = reference()
+        if living is not None and Shiboken.isValid(living):
+            getattr(living, name)(data, *args)
         else:
-            target.RemoveObserver(tag)
+            unobserve(target, tag)
 
     tag = target.AddObserver(event, callback)
+    _observed[target, tag] = callback
     return tag
+
+
+def unobserve(target, tag):
+    target.RemoveObserver(tag)
+    _observed.pop((target, tag), None)
 
 
 class _SceneWidget:
@@ -227,10 +239,10 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):  # noqa: N801
         d.combo.insertItem(row, node.GetName() or node.GetID())
         d.combo.setItemData(row, node.GetID(), _NODE_ROLE)
         if node.GetID() not in d.nodeTags:
-            tag = observe(self, node, vtk.vtkCommand.ModifiedEvent, lambda data, node=node: self._node_modified(node))
+            tag = observe(self, node, vtk.vtkCommand.ModifiedEvent, "_node_modified", node)
             d.nodeTags[node.GetID()] = (node, tag)
 
-    def _node_modified(self, node):
+    def _node_modified(self, _, node):
         row = self._row(node.GetID())
         if row is not None and self._d.combo.itemText(row) != node.GetName():
             self._d.combo.setItemText(row, node.GetName() or "")
@@ -286,7 +298,7 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):  # noqa: N801
             return
         entry = self._d.nodeTags.pop(node.GetID(), None)
         if entry:
-            node.RemoveObserver(entry[1])
+            unobserve(*entry)
         row = self._row(node.GetID())
         if row is not None:
             emit(self, "nodeAboutToBeRemoved(vtkMRMLNode*)", node)
@@ -298,7 +310,7 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):  # noqa: N801
 
     def _drop_node_observers(self):
         for node, tag in self._d.nodeTags.values():
-            node.RemoveObserver(tag)
+            unobserve(node, tag)
         self._d.nodeTags = {}
 
     def setMRMLScene(self, scene):
@@ -310,15 +322,15 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):  # noqa: N801
         if d.scene is not None:
             self._drop_node_observers()
             for tag in d.tags:
-                d.scene.RemoveObserver(tag)
+                unobserve(d.scene, tag)
         d.scene, d.tags = scene, []
         if scene is not None:
             kind = slicer.vtkMRMLScene
             d.tags = [
-                observe(self, scene, kind.NodeAddedEvent, self._node_added),
-                observe(self, scene, kind.NodeAboutToBeRemovedEvent, self._node_removed),
-                observe(self, scene, kind.EndCloseEvent, self._scene_updated),
-                observe(self, scene, kind.EndImportEvent, self._scene_updated),
+                observe(self, scene, kind.NodeAddedEvent, "_node_added"),
+                observe(self, scene, kind.NodeAboutToBeRemovedEvent, "_node_removed"),
+                observe(self, scene, kind.EndCloseEvent, "_scene_updated"),
+                observe(self, scene, kind.EndImportEvent, "_scene_updated"),
             ]
         wanted = before
         if not had_nodes and d.requestedNode is not None:

@@ -491,6 +491,8 @@ class QUiLoader(QtUiTools.QUiLoader):
             name = element.get("class")
             if name not in self.custom and not hasattr(QtWidgets, name):
                 raise RuntimeError(f"The stand-in host has no widget class {name} (in the .ui file)")
+            if name in self.custom:
+                self._enumerators(element)
         # Qt cannot see the signals and slots of the stand-ins, so that the connections are made here.
         links = [
             {part.tag: part.text for part in c if part.tag in ("sender", "signal", "receiver", "slot")}
@@ -512,6 +514,18 @@ class QUiLoader(QtUiTools.QUiLoader):
                 continue
             connect(sender, link["signal"], receiver, link["slot"])
         return widget
+
+    def _enumerators(self, element):
+        """Qt cannot see the enumerators of the stand-ins: ctkPathLineEdit::Files|ctkPathLineEdit::Readable."""
+        for prop in element.findall("property"):
+            for value in (*prop.findall("enum"), *prop.findall("set")):
+                names = [n.strip().rpartition("::") for n in value.text.split("|")]
+                if not all(owner in self.custom for owner, _, _ in names):
+                    continue
+                number = 0
+                for owner, _, name in names:
+                    number |= getattr(self.custom[owner], name)
+                value.tag, value.text = "number", str(number)
 
 
 def _classes():
