@@ -39,7 +39,7 @@ def read(kind, value):
     return QtCore.Property(kind, value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------
 # Modules
 
 
@@ -76,14 +76,14 @@ class _CoreModule(_Module):
 
 
 @stand_in
-class qSlicerLoadableModule(_CoreModule):  # noqa: N801
+class qSlicerLoadableModule(_CoreModule):
     def __init__(self, name, logic):
         super().__init__()
         self._start(name, "", logic)
 
 
 @stand_in
-class qSlicerScriptedLoadableModule(_Module):  # noqa: N801
+class qSlicerScriptedLoadableModule(_Module):
     """The `parent` of a ScriptedLoadableModule."""
 
     def __init__(self, name, path):
@@ -117,7 +117,7 @@ class qSlicerScriptedLoadableModule(_Module):  # noqa: N801
 
 
 @stand_in
-class qSlicerAbstractModuleWidget(QtWidgets.QWidget):  # noqa: N801
+class qSlicerAbstractModuleWidget(QtWidgets.QWidget):
     mrmlSceneChanged = HostSignal("mrmlSceneChanged(vtkMRMLScene*)")
 
     def __init__(self, parent=None):
@@ -142,7 +142,7 @@ class qSlicerAbstractModuleWidget(QtWidgets.QWidget):  # noqa: N801
 
 
 @stand_in
-class qSlicerScriptedLoadableModuleWidget(qSlicerAbstractModuleWidget):  # noqa: N801
+class qSlicerScriptedLoadableModuleWidget(qSlicerAbstractModuleWidget):
     """The `parent` of a ScriptedLoadableModuleWidget; errors in its methods are printed, as PythonQt does."""
 
     def __init__(self, parent=None):
@@ -188,7 +188,7 @@ class qSlicerScriptedLoadableModuleWidget(qSlicerAbstractModuleWidget):  # noqa:
 
 
 @stand_in
-class qSlicerModuleFactoryManager(QtCore.QObject):  # noqa: N801
+class qSlicerModuleFactoryManager(QtCore.QObject):
     modulesRegistered = HostSignal("modulesRegistered(QStringList)")
 
     def __init__(self, manager):
@@ -207,7 +207,7 @@ class qSlicerModuleFactoryManager(QtCore.QObject):  # noqa: N801
 
 
 @stand_in
-class qSlicerModuleManager(QtCore.QObject):  # noqa: N801
+class qSlicerModuleManager(QtCore.QObject):
     moduleLoaded = HostSignal("moduleLoaded(QString)")
     moduleAboutToBeUnloaded = HostSignal("moduleAboutToBeUnloaded(QString)")
     allModulesLoaded = HostSignal("allModulesLoaded()")
@@ -252,7 +252,7 @@ class qSlicerModuleManager(QtCore.QObject):  # noqa: N801
             for file in sorted(os.listdir(folder)):
                 if file.endswith(".py") and not file.startswith("_"):
                     found.append((file[:-3], os.path.join(folder, file)))
-        for name, path in found:
+        for _, path in found:
             folder = os.path.dirname(path)
             if folder not in sys.path:
                 sys.path.append(folder)
@@ -290,12 +290,12 @@ class qSlicerModuleManager(QtCore.QObject):  # noqa: N801
             emit(self, "moduleAboutToBeUnloaded(QString)", name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------
 # Main window
 
 
 @stand_in
-class qSlicerModuleSelectorToolBar(QtWidgets.QToolBar):  # noqa: N801
+class qSlicerModuleSelectorToolBar(QtWidgets.QToolBar):
     moduleSelected = HostSignal("moduleSelected(QString)")
 
     def __init__(self, window):
@@ -324,7 +324,7 @@ class qSlicerModuleSelectorToolBar(QtWidgets.QToolBar):  # noqa: N801
 
 
 @stand_in
-class qSlicerMainWindow(QtWidgets.QMainWindow):  # noqa: N801
+class qSlicerMainWindow(QtWidgets.QMainWindow):
     def __init__(self):
         super().__init__()
         self.objectName = "qSlicerMainWindow"
@@ -349,7 +349,7 @@ class qSlicerMainWindow(QtWidgets.QMainWindow):  # noqa: N801
         widget.show()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------
 # Application
 
 
@@ -362,7 +362,7 @@ class CommandOptions:
 
 
 @stand_in
-class qSlicerExtensionsManagerModel(QtCore.QObject):  # noqa: N801
+class qSlicerExtensionsManagerModel(QtCore.QObject):
     """No extension is installed, and none can be: a test injects what it needs."""
 
     def __init__(self):
@@ -376,7 +376,7 @@ class qSlicerExtensionsManagerModel(QtCore.QObject):  # noqa: N801
 
 
 @stand_in
-class qSlicerApplication(QtWidgets.QApplication):  # noqa: N801
+class qSlicerApplication(QtWidgets.QApplication):
     startupCompleted = HostSignal("startupCompleted()")
     mrmlSceneChanged = HostSignal("mrmlSceneChanged(vtkMRMLScene*)")
     renderPaused = HostSignal("renderPaused(bool)")
@@ -404,6 +404,12 @@ class qSlicerApplication(QtWidgets.QApplication):  # noqa: N801
         d.logic.SetShareDirectory(self.slicerSharePath)
         d.logic.SetTemporaryPath(d.temporaryPath)
         d.scene.SetRootDirectory(d.temporaryPath)
+        # Bundles (.mrb) are unpacked into the remote cache.
+        cache, io_manager = slicer.vtkCacheManager(), slicer.vtkDataIOManager()
+        cache.SetRemoteCacheDirectory(d.cachePath)
+        io_manager.SetCacheManager(cache)
+        d.scene.SetCacheManager(cache)
+        d.scene.SetDataIOManager(io_manager)
         d.modules = qSlicerModuleManager()
         d.io = io
         self._observe_subject_hierarchy()
@@ -441,7 +447,7 @@ class qSlicerApplication(QtWidgets.QApplication):  # noqa: N801
         for i in range(self._d.scene.GetNumberOfNodes()):
             self._node_added(self._d.scene.GetNthNode(i))
 
-    # ---- Q_INVOKABLE -------------------------------------------------------------------------------------------------
+    # ---- Q_INVOKABLE ---
 
     def commandOptions(self):
         return self._d.options
@@ -519,7 +525,7 @@ class qSlicerApplication(QtWidgets.QApplication):  # noqa: N801
     def quit(self):
         self.exit(0)
 
-    # ---- properties ---------------------------------------------------------------------------------------------------
+    # ---- properties ---
 
     slicerHome = read(str, lambda self: self._d.home)
     slicerSharePath = read(str, lambda self: "share/Slicer-5.12")
@@ -563,7 +569,7 @@ def run_code(text, path="<string>"):
         exec(compile(text, path, "exec"), vars(sys.modules["__main__"]))
     except SystemExit as e:
         return e.code in (None, 0)
-    except BaseException:  # noqa: BLE001
+    except BaseException:
         traceback.print_exc()
         return False
     finally:

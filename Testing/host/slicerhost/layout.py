@@ -19,7 +19,7 @@ from .pythonqt import HostSignal, emit
 
 
 @stand_in
-class qMRMLSliceView(QtWidgets.QWidget):  # noqa: N801
+class qMRMLSliceView(QtWidgets.QWidget):
     def __init__(self, parent=None):
         super().__init__(parent)
         state(self, logic=None, slice=None)
@@ -67,7 +67,7 @@ def slice_image(logic):
 
 
 @stand_in
-class qMRMLSliceControllerWidget(QtWidgets.QWidget):  # noqa: N801
+class qMRMLSliceControllerWidget(QtWidgets.QWidget):
     """The bar over a slice view: its name in its colour, and the position of the slice."""
 
     def __init__(self, parent=None):
@@ -109,7 +109,7 @@ class qMRMLSliceControllerWidget(QtWidgets.QWidget):  # noqa: N801
 
 
 @stand_in
-class qMRMLSliceWidget(QtWidgets.QWidget):  # noqa: N801
+class qMRMLSliceWidget(QtWidgets.QWidget):
     def __init__(self, node, logic):
         super().__init__()
         view, controller = qMRMLSliceView(), qMRMLSliceControllerWidget()
@@ -153,7 +153,7 @@ class qMRMLSliceWidget(QtWidgets.QWidget):  # noqa: N801
 
 
 @stand_in
-class qSlicerLayoutManager(QtCore.QObject):  # noqa: N801
+class qSlicerLayoutManager(QtCore.QObject):
     layoutChanged = HostSignal("layoutChanged(int)")
 
     def __init__(self, window, app_logic):
@@ -208,7 +208,9 @@ class qSlicerLayoutManager(QtCore.QObject):  # noqa: N801
             widget = self._d.widgets.get(name) if element.get("class") == "vtkMRMLSliceNode" else None
             if widget is None:
                 # A view that needs OpenGL (3D, table, plot).
-                widget = QtWidgets.QLabel(f"{element.get('class', '').removeprefix('vtkMRML').removesuffix('Node')} {name}")
+                widget = QtWidgets.QLabel(
+                    f"{element.get('class', '').removeprefix('vtkMRML').removesuffix('Node')} {name}"
+                )
                 widget.setAlignment(QtCore.Qt.AlignmentFlag.AlignCenter)
                 widget.setStyleSheet("background-color: #9C9CCC; color: #404060;")
                 widget.setSizePolicy(QtWidgets.QSizePolicy.Policy.Expanding, QtWidgets.QSizePolicy.Policy.Expanding)
@@ -228,13 +230,15 @@ class qSlicerLayoutManager(QtCore.QObject):  # noqa: N801
             for child in item:
                 widget = self._build(child)
                 if kind == "grid":
-                    spans = (int(item.get(k, v)) for k, v in (("row", 0), ("column", 0), ("rowspan", 1), ("colspan", 1)))
+                    spans = (
+                        int(item.get(k, v)) for k, v in (("row", 0), ("column", 0), ("rowspan", 1), ("colspan", 1))
+                    )
                     layout.addWidget(widget, *spans)
                 else:
                     layout.addWidget(widget)
         return box
 
-    # ---- as in Slicer -------------------------------------------------------------------------------------------------
+    # ---- as in Slicer ---
 
     def layoutLogic(self):
         return self._d.logic

@@ -63,7 +63,7 @@ class _SceneWidget:
 
 
 @stand_in
-class qMRMLWidget(QtWidgets.QWidget):  # noqa: N801
+class qMRMLWidget(QtWidgets.QWidget):
     mrmlSceneChanged = HostSignal("mrmlSceneChanged(vtkMRMLScene*)")
 
     def __init__(self, *args):
@@ -75,7 +75,7 @@ class qMRMLWidget(QtWidgets.QWidget):  # noqa: N801
 
 
 @stand_in
-class qSlicerWidget(QtWidgets.QWidget):  # noqa: N801
+class qSlicerWidget(QtWidgets.QWidget):
     mrmlSceneChanged = HostSignal("mrmlSceneChanged(vtkMRMLScene*)")
 
     def __init__(self, *args):
@@ -103,7 +103,7 @@ class _Unit:
 
 
 @stand_in
-class qMRMLSliderWidget(ctkSliderWidget):  # noqa: N801
+class qMRMLSliderWidget(ctkSliderWidget):
     def __init__(self, *args):
         super().__init__(*args)
         self._d.scene, self._d.quantity, self._d.unitAwareProperties = None, "", 0x1F
@@ -115,7 +115,7 @@ class qMRMLSliderWidget(ctkSliderWidget):  # noqa: N801
 
 
 @stand_in
-class qMRMLSpinBox(ctkDoubleSpinBox):  # noqa: N801
+class qMRMLSpinBox(ctkDoubleSpinBox):
     def __init__(self, *args):
         super().__init__(*args)
         self._d.scene, self._d.quantity, self._d.unitAwareProperties = None, "", 0x1F
@@ -127,7 +127,7 @@ class qMRMLSpinBox(ctkDoubleSpinBox):  # noqa: N801
 
 
 @stand_in
-class qMRMLRangeWidget(ctkRangeWidget):  # noqa: N801
+class qMRMLRangeWidget(ctkRangeWidget):
     def __init__(self, *args):
         super().__init__(*args)
         self._d.scene, self._d.quantity = None, ""
@@ -142,7 +142,7 @@ def warn(text):
 
 
 @stand_in
-class qMRMLNodeComboBox(QtWidgets.QWidget):  # noqa: N801
+class qMRMLNodeComboBox(QtWidgets.QWidget):
     """Selector of a node of the scene.
 
     The rows are None (where allowed), the nodes in the order of the scene, and the actions, in a real QComboBox, so
@@ -176,7 +176,7 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):  # noqa: N801
         self._update_text()
         self.setEnabled(False)
 
-    # ---- rows -----------------------------------------------------------------------------------------------------
+    # ---- rows ---
 
     def _accepts(self, node):
         d = self._d
@@ -284,7 +284,7 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):  # noqa: N801
         kinds = self._d.nodeTypes
         self._d.combo.defaultText = "Select a " + self.nodeTypeLabel(kinds[0] if kinds else "")
 
-    # ---- events of the scene ----------------------------------------------------------------------------------------
+    # ---- events of the scene ---
 
     def _node_added(self, node):
         if node is None or self._d.scene.IsImporting() or not self._accepts(node):
@@ -345,7 +345,7 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):  # noqa: N801
             self._emit_current()
         self.setEnabled(scene is not None)
 
-    # ---- current node -----------------------------------------------------------------------------------------------
+    # ---- current node ---
 
     def _emit_current(self):
         d = self._d
@@ -433,7 +433,7 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):  # noqa: N801
         ids = self._ids()
         return self._d.scene.GetNodeByID(ids[index]) if 0 <= index < len(ids) else None
 
-    # ---- creating and changing nodes ----------------------------------------------------------------------------------
+    # ---- creating and changing nodes ---
 
     def addNode(self, kind=None):
         d = self._d
@@ -506,7 +506,7 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):  # noqa: N801
             return d.scene.GetTypeDisplayNameByClassName(kind) or "node"
         return "node"
 
-    # ---- properties ---------------------------------------------------------------------------------------------------
+    # ---- properties ---
 
     def _set_node_types(self, kinds):
         self._d.nodeTypes = [k for k in kinds if k]

@@ -22,7 +22,7 @@ import vtk
 SlicerParameterNamePropertyName = "SlicerParameterName"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------
 # Annotations
 
 
@@ -164,12 +164,14 @@ def findFirstAnnotation(annotations, kind):
 def _nodeClasses(datatype):
     """Node classes of a node type or of a union of node types and None; empty for anything else."""
     datatype = unannotatedType(datatype)
-    members = typing.get_args(datatype) if typing.get_origin(datatype) in (typing.Union, types.UnionType) else (datatype,)
+    members = (
+        typing.get_args(datatype) if typing.get_origin(datatype) in (typing.Union, types.UnionType) else (datatype,)
+    )
     members = [m for m in members if m is not type(None)]
     return members if all(isinstance(m, type) and issubclass(m, slicer.vtkMRMLNode) for m in members) else []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------
 # Serializers
 
 
@@ -337,7 +339,7 @@ class _Value:
             self.writing = False
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------
 # Widgets
 
 
@@ -572,7 +574,7 @@ def createGuiConnector(widget, datatype):
     raise RuntimeError(f"Unable to create GUI connector from datatype '{datatype}' to widget type '{type(widget)}'.")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------
 # The decorator
 
 

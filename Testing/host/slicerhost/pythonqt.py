@@ -63,7 +63,7 @@ def call(function, args):
         args = args[: max(code.co_argcount - bound, 0)]
     try:
         function(*args)
-    except BaseException:  # noqa: BLE001
+    except BaseException:
         handle_error()
 
 
@@ -79,7 +79,7 @@ def class_name(cls):
     return cls.__name__
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------
 # Signals
 
 
@@ -262,7 +262,7 @@ def disconnect(obj, signature, *args):
     return bool(gone)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------
 # Attributes
 
 
@@ -411,13 +411,11 @@ def _patch_qobject():
     QObject.property = lambda self, name: python_value(plain(self, name))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------
 # isinstance: PythonQt's wrappers have no base classes, so that a button is not a QWidget
 
 
-_OWN = tuple(
-    os.path.dirname(os.path.abspath(p)) + os.sep for p in (__file__, QtCore.__file__, Shiboken.__file__)
-)
+_OWN = tuple(os.path.dirname(os.path.abspath(p)) + os.sep for p in (__file__, QtCore.__file__, Shiboken.__file__))
 
 
 def _is_instance(cls, obj):
@@ -433,7 +431,7 @@ def _is_instance(cls, obj):
     return type.__instancecheck__(cls, obj) if cls not in _native else False
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------
 # Functions that PythonQt has in another form
 
 
