@@ -1,6 +1,6 @@
 """slicer.app.layoutManager() and the slice views.
 
-The layout, its slice nodes and the slices themselves are Slicer's own (vtkMRMLLayoutLogic, vtkMRMLSliceLogic: reslicing,
+The layout, its slice nodes and the slices are Slicer's own (vtkMRMLLayoutLogic, vtkMRMLSliceLogic: reslicing,
 window/level, blending). The stand-in only arranges widgets and paints the blended image; there is no OpenGL, so that
 nothing else that Slicer draws into a view (3D, markups, orientation marker, crosshair) can be seen.
 """

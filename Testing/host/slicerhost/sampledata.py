@@ -115,7 +115,7 @@ class SampleDataLogic:
         return None
 
     def downloadFromSource(self, source, maximumAttemptsCount=3, forceDownload=False):
-        """Slicer downloads the URIs here, whatever the source's customDownloader: only a click on its button calls it."""
+        """Slicer downloads the URIs here: only a click on the source's button calls its customDownloader."""
         raise RuntimeError(f"The stand-in host has no network: cannot download {source.uris}")
 
     def downloadSample(self, sampleName):

@@ -75,8 +75,8 @@ def _run(options, home):
     if os.environ.get("SLICERHOST_HIDE"):
         from .hidden import sitecustomize  # noqa: F401
     environment = dict(os.environ)
-    for name in ("bin", "tmp", "settings"):
-        os.mkdir(os.path.join(home, name))
+    for name in ("bin", "tmp", "settings", "share/Slicer-5.12/ColorFiles"):
+        os.makedirs(os.path.join(home, name))
     _python_slicer(os.path.join(home, "bin"))
     os.environ["PATH"] = os.path.join(home, "bin") + os.pathsep + os.environ.get("PATH", "")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
