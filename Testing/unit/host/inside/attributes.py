@@ -208,9 +208,14 @@ class Widgets(unittest.TestCase):
         got = []
         p = ctk.ctkPathLineEdit()
         p.connect("currentPathChanged(QString)", got.append)
+        # Whether there is such a file does not matter, and emptying the field says nothing.
         p.currentPath = "/no/such/file"
-        p.currentPath = __file__
-        self.assertEqual(got, [__file__])
+        p.currentPath = ""
+        self.assertEqual(got, ["/no/such/file"])
+        p.nameFilters = ["Weights (*.safetensors *.pt)"]
+        for path in ("/a/b.txt", "/a/b.safetensors", "/a/b.pt"):
+            p.currentPath = path
+        self.assertEqual(got[1:], ["/a/b.safetensors", "/a/b.pt"])
 
     def test_file_dialog_returns_the_path(self):
         plain = qt.QFileDialog.getSaveFileName
