@@ -239,15 +239,17 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def onReportButton(self, checked=False):
         name = "".join(c if c.isalnum() else "-" for c in self._parameterNode.fusedVolume.GetName()).strip("-")
-        path = qt.QFileDialog.getSaveFileName(
-            slicer.util.mainWindow(),
-            _("Save report"),
-            str(Path(slicer.app.defaultScenePath or Path.home()) / f"{name}.html"),
-            _("Web page (*.html);;JSON (*.json)"),
-        )
+        path = self.askReportPath(name)
         if path:
             self._onResult(lambda node: self.logic.saveReport(node, path))
             self._say(_("Report saved: {path}").format(path=path))
+
+    @staticmethod
+    def askReportPath(name):
+        """Ask where the report goes; ``""`` when that was cancelled."""
+        suggestion = Path(slicer.app.defaultScenePath or Path.home()) / f"{name}.html"
+        kinds = _("Web page (*.html);;JSON (*.json)")
+        return qt.QFileDialog.getSaveFileName(slicer.util.mainWindow(), _("Save report"), str(suggestion), kinds)
 
     def _onResult(self, function):
         """Call ``function`` with the result; what fails for a reason the user can act on is shown in the panel."""

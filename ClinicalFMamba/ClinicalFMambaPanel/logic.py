@@ -71,16 +71,24 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         makeProcess, makeTimer: see :mod:`.process`.
         requirements: what has to be installed, see :class:`.requirements.Requirements`.
         workerCommand: returns how the worker is started.
+        clock: seconds, monotonic; decides how long a worker may be silent.
     """
 
-    def __init__(self, makeProcess=QtProcess, makeTimer=QtTimer, requirements=None, workerCommand=None):
+    def __init__(
+        self,
+        makeProcess=QtProcess,
+        makeTimer=QtTimer,
+        requirements=None,
+        workerCommand=None,
+        clock=time.monotonic,
+    ):
         ScriptedLoadableModuleLogic.__init__(self)
         self.requirements = requirements or Requirements()
         self.progress, self.finished = Signal("progress"), Signal("finished")
         self.failed, self.cancelled = Signal("failed"), Signal("cancelled")
         self.engineChanged = Signal("engineChanged")
         self._client = WorkerClient(
-            makeProcess, workerCommand or _workerCommand, libraryFolder(), self._onEvent, self._onLost
+            makeProcess, workerCommand or _workerCommand, libraryFolder(), self._onEvent, self._onLost, clock
         )
         self._stepper = makeTimer(self._step)
         self._watcher = makeTimer(self._watch, singleShot=False)

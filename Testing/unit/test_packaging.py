@@ -26,9 +26,9 @@ def there(folder, *, python):
     found = []
     for path in sorted((ROOT / folder).rglob("*")):
         name = path.relative_to(ROOT / folder).as_posix()
-        if path.is_file() and path.suffix in PACKAGED and "__pycache__" not in name and "/." not in f"/{name}":
-            if (path.suffix == ".py") == python:
-                found.append(name)
+        hidden = "__pycache__" in name or "/." in f"/{name}"
+        if path.is_file() and path.suffix in PACKAGED and not hidden and (path.suffix == ".py") == python:
+            found.append(name)
     return found
 
 
