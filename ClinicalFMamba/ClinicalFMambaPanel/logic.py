@@ -99,7 +99,6 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         self._abandoned = {}  # folders by identity of requests that the worker has not yet given up
         self._outcome = None
         self._observers = []
-        self._endedIdle = False
 
     def getParameterNode(self):
         return ClinicalFMambaParameterNode(super().getParameterNode())
@@ -177,6 +176,9 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         if self._abandoned:
             # It may be in the middle of minutes of computing for a request that nobody wants any more.
             self._endAbandoned()
+        if self._client.isReady and self._client.ready.get("problem"):
+            # What it missed may have been installed since.
+            self._client.kill()
         self._count += 1
         identity = f"{os.getpid()}-{self._count}"
         folder = self._scratchFolder() / identity
@@ -366,17 +368,22 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
             RuntimeError: there is no Python to start it with.
         """
         if not self._client.isRunning:
-            self._endedIdle = False
             self._client.start(self._scratchFolder())
             self.engineChanged.emit()
 
     def stopEngine(self):
         """End the worker and free its memory; cancels the fusion under way."""
         self.cancel()
-        self._client.stop()
-        self._abandoned.clear()
-        self._endedIdle = False
+        self._endWorker()
         self.engineChanged.emit()
+
+    def _endWorker(self):
+        """Blocks until it is gone: at once where it computes for nobody, some ten milliseconds where it idles."""
+        if self._abandoned:
+            self._client.kill()
+        self._client.stop()
+        self._abandonment.stop()
+        self._abandoned.clear()
 
     @property
     def engineRuns(self):
@@ -418,10 +425,9 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         """End the worker and delete all temporary files; the logic is of no use afterwards."""
         for signal in (self.progress, self.finished, self.failed, self.cancelled, self.engineChanged):
             signal.disconnectAll()
-        self._dropJob()
-        for timer in (self._stepper, self._watcher, self._abandonment):
-            timer.stop()
-        self._client.stop()
+        if self._job is not None:
+            self._abandon(self._job)
+        self._endWorker()
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
             self._scratch = None
@@ -552,7 +558,6 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         self._abandoned.clear()
         self._abandonment.stop()
         job = self._job
-        self._endedIdle = kind == "idle"
         if job is not None:
             onGpu = self._deviceOf(job) not in ("cpu", "")
             message, retry = {
@@ -567,7 +572,7 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
                 ),
             )
             self._fail(FusionError(message, kind, retry, f"{reason}\n{log}".strip()))
-        elif not self._endedIdle:
+        elif kind != "idle":
             logging.warning(f"ClinicalFMamba: the fusion process has ended: {reason}")
         self.engineChanged.emit()
 

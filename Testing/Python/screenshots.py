@@ -4,8 +4,8 @@ Run in Slicer, or outside it with ``make screenshots``:
 
     Slicer --additional-module-paths ClinicalFMamba --python-script Testing/Python/screenshots.py
 
-The pictures go to Resources/Screenshots, or to the folder in the environment variable SCREENSHOTS. Nothing is faked: the
-result is that of the bundled model, and the error is what a worker that was killed gives.
+The pictures go to Resources/Screenshots, or to the folder in the environment variable SCREENSHOTS. Nothing is faked:
+the result is that of the bundled model, and the error is what a worker that was killed gives.
 """
 
 import os
