@@ -8,6 +8,7 @@ import unittest
 import numpy as np
 import slicer
 from clinicalfmamba_selftest import (
+    LoggedExceptions,
     LongestPause,
     NothingMissing,
     Outcomes,
@@ -34,9 +35,13 @@ def mean(a, b):
 
 class LogicTestCase(unittest.TestCase):
     def setUp(self):
+        self.logged = LoggedExceptions(self)
         slicer.mrmlScene.Clear()
         self.a, self.b = addVolume("T1"), addVolume("CT", seed=1)
         self.scene = snapshot()
+
+    def tearDown(self):
+        self.assertEqual(self.logged.all, [])
 
     def logic(self, *arguments, **options):
         logic = makeLogic(*arguments, **options)
@@ -126,7 +131,7 @@ class Fusing(LogicTestCase):
         logic = self.logic("--seconds", "0.5")
         outcomes = Outcomes(logic)
         logic.fuse(self.a, self.b)
-        spin(lambda: outcomes.progress[-1][0] == "Fusing")
+        spin(lambda: outcomes.stage == "Fusing")
         self.a.SetAndObserveTransformNodeID(addTransform("late", shift=(9, 9, 9)).GetID())
         _name, fused = outcomes.next()
         self.assertIsNone(fused.GetParentTransformNode())
@@ -180,7 +185,7 @@ class Fusing(LogicTestCase):
         logic = self.logic("--mode", "stuck")
         outcomes = Outcomes(logic)
         logic.fuse(self.a, self.b)
-        spin(lambda: outcomes.progress[-1][0] == "Fusing")
+        spin(lambda: outcomes.stage == "Fusing")
         scratch, pid = logic._scratch, logic._client.ready["pid"]
         began = time.monotonic()
         logic.cleanup()
@@ -196,7 +201,7 @@ class Cancelling(LogicTestCase):
         logic = self.logic("--seconds", "20", "--steps", "400")
         outcomes = Outcomes(logic)
         logic.fuse(self.a, self.b)
-        spin(lambda: outcomes.progress[-1][0] == "Fusing")
+        spin(lambda: outcomes.stage == "Fusing")
         pid = logic._client.ready["pid"]
         began = time.monotonic()
         logic.cancel()
@@ -223,7 +228,7 @@ class Cancelling(LogicTestCase):
         logic = self.logic("--mode", "stuck")
         outcomes = Outcomes(logic)
         logic.fuse(self.a, self.b)
-        spin(lambda: outcomes.progress[-1][0] == "Fusing")
+        spin(lambda: outcomes.stage == "Fusing")
         pid = logic._client.ready["pid"]
         logic.cancel()
         self.assertEqual(outcomes.next()[0], "cancelled")
@@ -235,19 +240,19 @@ class Cancelling(LogicTestCase):
         logic = self.logic("--mode", "stuck")
         outcomes = Outcomes(logic)
         logic.fuse(self.a, self.b)
-        spin(lambda: outcomes.progress[-1][0] == "Fusing")
+        spin(lambda: outcomes.stage == "Fusing")
         first = logic._client.ready["pid"]
         logic.cancel()
         outcomes.progress.clear()
         logic.fuse(self.a, self.b)
-        spin(lambda: outcomes.progress and outcomes.progress[-1][0] == "Fusing")
+        spin(lambda: outcomes.stage == "Fusing")
         self.assertNotEqual(logic._client.ready["pid"], first)
 
     def test_scene_closed(self):
         logic = self.logic("--seconds", "20", "--steps", "400")
         outcomes = Outcomes(logic)
         logic.fuse(self.a, self.b)
-        spin(lambda: outcomes.progress[-1][0] == "Fusing")
+        spin(lambda: outcomes.stage == "Fusing")
         slicer.mrmlScene.Clear()
         name, reason = outcomes.next()
         self.assertEqual(name, "cancelled")
@@ -263,7 +268,7 @@ class Cancelling(LogicTestCase):
                 logic = self.logic("--seconds", "20", "--steps", "400")
                 outcomes = Outcomes(logic)
                 logic.fuse(a, b, output)
-                spin(lambda outcomes=outcomes: outcomes.progress[-1][0] == "Fusing")
+                spin(lambda outcomes=outcomes: outcomes.stage == "Fusing")
                 gone = {"a": a, "b": b, "output": output}[role]
                 slicer.mrmlScene.RemoveNode(gone)
                 name, reason = outcomes.next()
@@ -294,7 +299,7 @@ class Failing(LogicTestCase):
         logic = self.logic("--seconds", "20", "--steps", "400")
         outcomes = Outcomes(logic)
         logic.fuse(self.a, self.b)
-        spin(lambda: outcomes.progress[-1][0] == "Fusing")
+        spin(lambda: outcomes.stage == "Fusing")
         os.kill(logic._client.ready["pid"], getattr(signal, "SIGKILL", signal.SIGTERM))
         name, error = outcomes.next()
         self.assertEqual((name, error.kind, error.retry), ("failed", "crashed", "lessMemory"))
@@ -333,7 +338,7 @@ class Failing(LogicTestCase):
         logic = self.logic("--mode", "silent", clock=lambda: time.monotonic() + ahead[0])
         outcomes = Outcomes(logic)
         logic.fuse(self.a, self.b)
-        spin(lambda: outcomes.progress[-1][0] == "Fusing")
+        spin(lambda: outcomes.stage == "Fusing")
         ahead[0] = 100.0
         name, error = outcomes.next()
         self.assertEqual((name, error.kind, error.retry), ("failed", "silent", "again"))
@@ -345,7 +350,7 @@ class Failing(LogicTestCase):
         logic = self.logic("--seconds", "5", "--steps", "1", clock=lambda: time.monotonic() + ahead[0])
         outcomes = Outcomes(logic)
         logic.fuse(self.a, self.b)
-        spin(lambda: outcomes.progress[-1][0] == "Fusing")
+        spin(lambda: outcomes.stage == "Fusing")
         for _ in range(3):
             ahead[0] += 30.0
             heard = logic._client._heard

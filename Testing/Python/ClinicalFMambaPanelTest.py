@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import slicer
 from clinicalfmamba_selftest import (
+    LoggedExceptions,
     LongestPause,
     addTransform,
     addVolume,
@@ -28,6 +29,7 @@ from ClinicalFMambaPanel.requirements import Requirement, Requirements
 
 class PanelTestCase(unittest.TestCase):
     def setUp(self):
+        self.logged = LoggedExceptions(self)
         slicer.mrmlScene.Clear()
         slicer.util.selectModule("ClinicalFMamba")
         self.panel = slicer.util.getModuleWidget("ClinicalFMamba")
@@ -38,6 +40,7 @@ class PanelTestCase(unittest.TestCase):
     def tearDown(self):
         self.panel.logic.stopEngine()
         slicer.mrmlScene.Clear()
+        self.assertEqual(self.logged.all, [])
 
     def take(self, *arguments, **options):
         """Give the panel a logic whose worker is as told."""

@@ -1,5 +1,6 @@
 """What the self-tests share. They run in Slicer and, unchanged, in the stand-in host of Testing/host."""
 
+import logging
 import os
 import sys
 import time
@@ -70,6 +71,11 @@ class Outcomes:
         logic.finished.connect(lambda node: self.all.append(("finished", node)))
         logic.failed.connect(lambda error: self.all.append(("failed", error)))
         logic.cancelled.connect(lambda reason: self.all.append(("cancelled", reason)))
+
+    @property
+    def stage(self):
+        """What is going on now."""
+        return self.progress[-1][0] if self.progress else ""
 
     def next(self):
         """Wait for the next (name, argument)."""
@@ -179,6 +185,20 @@ def isAlive(pid):
     except OSError:
         return False
     return True
+
+
+class LoggedExceptions(logging.Handler):
+    """Tracebacks that were logged, because what raised was called by a signal or by Qt; in ``all``."""
+
+    def __init__(self, test):
+        super().__init__()
+        self.all = []
+        logging.getLogger().addHandler(self)
+        test.addCleanup(logging.getLogger().removeHandler, self)
+
+    def emit(self, record):
+        if record.exc_info:
+            self.all.append(self.format(record))
 
 
 class LongestPause:
