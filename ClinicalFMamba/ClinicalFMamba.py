@@ -64,7 +64,7 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._observedVolumes = []
         self._updating = False
         self._error = None
-        self._lastProblem = ""
+        self._message = self._problemShown = ""
 
     # ------------------------------------------------------------------------------------------ life cycle
 
@@ -96,6 +96,8 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             (self.ui.reportButton, "clicked(bool)", self.onReportButton),
             (self.ui.modelComboBox, "currentIndexChanged(int)", self.onModelChanged),
             (self.ui.modelFileEdit, "currentPathChanged(QString)", self.onModelFileChanged),
+            # Of a path that does not exist, nothing else is told.
+            (self.ui.modelFileEdit, "validInputChanged(bool)", self.onModelFileChanged),
         ):
             if widget.connect(signal, slot) is False:
                 raise RuntimeError(f"{widget.name} has no signal {signal}")
@@ -152,6 +154,7 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.setParameterNode(None)
 
     def onSceneEndClose(self, caller, event):
+        self._message = ""
         self._showError(None)
         self._update()
         if self.parent.isEntered:
@@ -277,9 +280,9 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if self._parameterNode and not self._updating:
             self._parameterNode.model = self.ui.modelComboBox.itemData(index)
 
-    def onModelFileChanged(self, path):
+    def onModelFileChanged(self, change):
         if self._parameterNode and not self._updating:
-            self._parameterNode.modelFile = path
+            self._parameterNode.modelFile = self.ui.modelFileEdit.currentPath
 
     # ------------------------------------------------------------------------------------ what is shown
 
@@ -304,7 +307,7 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def _observeVolumes(self):
         """The grids and voxels of the inputs decide whether they can be fused."""
         p = self._parameterNode
-        volumes = [node for node in (p.volumeA, p.volumeB) if node] if p else []
+        volumes = list(dict.fromkeys(node for node in (p.volumeA, p.volumeB) if node)) if p else []
         if volumes == self._observedVolumes:
             return
         events = (
@@ -315,7 +318,7 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             for event in events:
                 self.removeObserver(node, event, self._update)
         self._observedVolumes = volumes
-        for node in set(volumes):
+        for node in volumes:
             for event in events:
                 self.addObserver(node, event, self._update)
 
@@ -355,11 +358,8 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self._showTime()
         else:
             self._clock.stop()
-            if problem:
-                self._say(problem)
-            elif self.ui.statusLabel.text in ("", self._lastProblem):
-                self._say(_("Ready to fuse"))
-        self._lastProblem = problem
+        self._problemShown = "" if busy else problem
+        self._showStatus()
 
     def _problem(self):
         p = self._parameterNode
@@ -424,7 +424,13 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._say(reason)
 
     def _say(self, text):
-        self.ui.statusLabel.text = text
+        """What happened last, until something else does."""
+        self._message = text
+        self._showStatus()
+
+    def _showStatus(self):
+        lines = [text for text in (self._message, self._problemShown) if text]
+        self.ui.statusLabel.text = "\n".join(lines) or _("Ready to fuse")
 
     def _showError(self, error):
         """Show what went wrong and what may help, until the next click; None hides it."""
