@@ -79,6 +79,9 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             "background: #8a5a00; color: white; font-weight: bold; padding: 4px; border-radius: 3px;"
         )
         self.ui.errorLabel.setStyleSheet("color: #c62828;")
+        for label in (self.ui.resultLabel, self.ui.classificationTitleLabel, self.ui.metricsTitleLabel):
+            label.setStyleSheet("font-weight: bold;")
+        self.ui.fuseButton.setStyleSheet("font-weight: bold;")
         self.ui.modelFileEdit.filters = ctk.ctkPathLineEdit.Files
         self.ui.modelFileEdit.nameFilters = [_("Weights (*.safetensors)")]
         for table in (self.ui.metricsTable, self.ui.classificationTable):
@@ -456,13 +459,19 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         for button in (self.ui.compareButton, self.ui.differenceButton, self.ui.reportButton):
             button.enabled = has
         if has:
-            self.ui.resultLabel.text = _("{name}: {model}, on the grid of {a}").format(
-                name=node.GetName(),
+            self.ui.resultLabel.text = node.GetName()
+            self.ui.resultDetailLabel.text = _(
+                "{model} on {device}, {modalityA} with {modalityB}, scale {scale}"
+            ).format(
                 model=results.provenance.get("model", {}).get("name", "?"),
-                a=results.provenance.get("inputs", {}).get("a", {}).get("name", "A"),
+                device=results.provenance.get("device", {}).get("name", "?").upper(),
+                modalityA=results.provenance.get("inputs", {}).get("a", {}).get("modality", "?"),
+                modalityB=results.provenance.get("inputs", {}).get("b", {}).get("modality", "?"),
+                scale=results.provenance.get("output", {}).get("scale", "?"),
             )
         else:
-            self.ui.resultLabel.text = _("What the fusion gives is shown here.")
+            self.ui.resultDetailLabel.text = _("What the fusion gives is shown here.")
+        self.ui.resultLabel.setVisible(has)
         warnings = results.provenance.get("warnings", ()) if has else ()
         self.ui.warningsLabel.text = "\n".join(f"⚠ {warning}" for warning in warnings)
         self.ui.warningsLabel.setVisible(bool(warnings))

@@ -202,7 +202,8 @@ class Fusing(PanelTestCase):
         self.assertIn("Done: T1 + CT fused", self.ui.statusLabel.text)
         self.assertEqual(self.ui.fuseButton.text, "Fuse")
         self.assertTrue(self.ui.progressBar.isHidden())
-        self.assertIn("mean", self.ui.resultLabel.text)
+        self.assertEqual(self.ui.resultLabel.text, "T1 + CT fused")
+        self.assertIn("mean on CPU", self.ui.resultDetailLabel.text)
         self.assertIn("a test fused these", self.ui.warningsLabel.text)
         for button in (self.ui.compareButton, self.ui.differenceButton, self.ui.reportButton):
             self.assertTrue(button.enabled)

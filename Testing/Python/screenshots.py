@@ -16,20 +16,19 @@ import slicer
 from clinicalfmamba_selftest import spin
 
 FOLDER = Path(os.environ.get("SCREENSHOTS") or Path(__file__).resolve().parents[2] / "Resources" / "Screenshots")
+WIDTH = 470  # pixels, of Slicer's module panel on a laptop
 
 
 def grab(panel, name):
     """A picture of the whole panel at the width that Slicer's module panel has, however high it is."""
-    for _ in range(20):
-        slicer.app.processEvents()
     widget = panel.ui.ClinicalFMamba
-    widget.resize(470, widget.sizeHint.height())
-    for _ in range(20):
+    # Higher than needed, so that nothing is squeezed; what is empty below is cut off.
+    widget.setFixedSize(WIDTH, 1400)
+    for _ in range(30):
         slicer.app.processEvents()
-    widget.resize(470, max(widget.sizeHint.height(), widget.minimumSizeHint.height()))
-    slicer.app.processEvents()
+    bottom = panel.ui.resultsCollapsibleButton
     path = FOLDER / f"{name}.png"
-    if not widget.grab().save(str(path)):
+    if not widget.grab().copy(0, 0, WIDTH, bottom.y + bottom.height + 10).save(str(path)):
         raise RuntimeError(f"{path} could not be written")
     print(path)
 
