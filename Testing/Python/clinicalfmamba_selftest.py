@@ -184,7 +184,9 @@ def isAlive(pid):
         os.kill(pid, 0)
     except OSError:
         return False
-    return True
+    status = Path(f"/proc/{pid}/stat")
+    # A zombie is dead, only its parent has not yet taken notice.
+    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 class LoggedExceptions(logging.Handler):
