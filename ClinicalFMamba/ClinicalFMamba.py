@@ -314,6 +314,7 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if volumes == self._observedVolumes:
             return
         events = (
+            vtk.vtkCommand.ModifiedEvent,  # spacing, origin, directions
             slicer.vtkMRMLVolumeNode.ImageDataModifiedEvent,
             slicer.vtkMRMLTransformableNode.TransformModifiedEvent,
         )
@@ -355,7 +356,10 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             button.toolTip = problem or _("Fuse A and B into one volume")
         self.ui.progressBar.setVisible(busy)
         for name in ("inputs", "fusion", "advanced"):
-            getattr(self.ui, f"{name}CollapsibleButton").enabled = not busy
+            # What is in the section, so that its title stays readable and can be opened.
+            for child in getattr(self.ui, f"{name}CollapsibleButton").children():
+                if child.isWidgetType():
+                    child.setEnabled(not busy)
         if busy:
             self._clock.start(500)
             self._showTime()

@@ -123,6 +123,8 @@ class Showing(PanelTestCase):
         self.assertFalse(self.ui.fuseButton.enabled)
         b.SetAndObserveTransformNodeID(None)
         self.assertTrue(self.ui.fuseButton.enabled)
+        b.SetOrigin(0, 0, 0)
+        self.assertFalse(self.ui.fuseButton.enabled)
 
     def test_model_choice(self):
         self.choose()
@@ -228,7 +230,9 @@ class Fusing(PanelTestCase):
         self.assertEqual(self.ui.fuseButton.text, "Cancel")
         self.assertTrue(self.ui.fuseButton.enabled)
         self.assertFalse(self.ui.progressBar.isHidden())
-        self.assertFalse(self.ui.inputsCollapsibleButton.enabled)
+        for name in ("volumeASelector", "fusedVolumeSelector", "modelComboBox", "maxMemorySpinBox"):
+            self.assertFalse(getattr(self.ui, name).isEnabled(), name)
+        self.assertTrue(self.ui.stopEngineButton.isEnabled())
         spin(lambda: "about" in self.ui.statusLabel.text)
         self.assertRegex(self.ui.statusLabel.text, r"Fusing … about \d s left")
         value = self.ui.progressBar.value
@@ -236,7 +240,7 @@ class Fusing(PanelTestCase):
         self.ui.fuseButton.click()
         self.assertIn("Cancelled", self.ui.statusLabel.text)
         self.assertEqual(self.ui.fuseButton.text, "Fuse")
-        self.assertTrue(self.ui.inputsCollapsibleButton.enabled)
+        self.assertTrue(self.ui.volumeASelector.isEnabled())
         self.assertIsNone(self.p.fusedVolume)
 
     def test_cancel_then_fuse_again(self):

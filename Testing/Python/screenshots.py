@@ -1,4 +1,4 @@
-"""Drives the panel with the phantom and writes pictures of it: idle, running, result, error.
+"""Drives the panel with the phantom and writes pictures of it: idle, settings, running, result, error.
 
 Run in Slicer, or outside it with ``make screenshots``:
 
@@ -26,15 +26,18 @@ def grab(panel, name):
     widget.setFixedSize(WIDTH, 1400)
     for _ in range(30):
         slicer.app.processEvents()
-    bottom = panel.ui.resultsCollapsibleButton
+    section = panel.ui.resultsCollapsibleButton
+    shown = [child for child in section.children() if child.isWidgetType() and child.isVisible()]
+    bottom = section.y + max(child.y + child.height for child in shown)
     path = FOLDER / f"{name}.png"
-    if not widget.grab().copy(0, 0, WIDTH, bottom.y + bottom.height + 10).save(str(path)):
+    if not widget.grab().copy(0, 0, WIDTH, bottom + 12).save(str(path)):
         raise RuntimeError(f"{path} could not be written")
     print(path)
 
 
 def main():
     from ClinicalFMambaPanel import sample_data
+    from ClinicalFMambaPanel.parameters import Window
 
     FOLDER.mkdir(parents=True, exist_ok=True)
     slicer.mrmlScene.Clear()
@@ -55,6 +58,15 @@ def main():
     spin(lambda: logic._client.isReady, 180)
     p.volumeA, p.volumeB = nodes["T2"], nodes["CT"]
     grab(panel, "idle")
+
+    p.windowB, p.windowBLow, p.windowBHigh = Window.CUSTOM, -20, 120
+    panel.ui.advancedCollapsibleButton.collapsed = False
+    origin = nodes["CT"].GetOrigin()
+    nodes["CT"].SetOrigin(origin[0] + 1, origin[1], origin[2] - 2)
+    grab(panel, "settings")
+    nodes["CT"].SetOrigin(origin)
+    panel.ui.advancedCollapsibleButton.collapsed = True
+    p.windowB = Window.AUTO
 
     panel.ui.fuseButton.click()
     spin(lambda: logic.timeLeft() is not None or not logic.isBusy, 300)

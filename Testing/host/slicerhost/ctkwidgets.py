@@ -637,7 +637,9 @@ class ctkDirectoryButton(QtWidgets.QWidget):  # noqa: N801
 
     def __init__(self, *args):
         super().__init__(only_parent("ctkDirectoryButton", args))
-        state(self, button=QtWidgets.QPushButton("."), directory=os.getcwd(), caption="", text="", options=1, acceptMode=0)
+        state(
+            self, button=QtWidgets.QPushButton("."), directory=os.getcwd(), caption="", text="", options=1, acceptMode=0
+        )
         inner(self).addWidget(self._d.button)
         self._d.button.connect("clicked()", self.browse)
 

@@ -208,7 +208,9 @@ class qSlicerLayoutManager(QtCore.QObject):  # noqa: N801
             widget = self._d.widgets.get(name) if element.get("class") == "vtkMRMLSliceNode" else None
             if widget is None:
                 # A view that needs OpenGL (3D, table, plot).
-                widget = QtWidgets.QLabel(f"{element.get('class', '').removeprefix('vtkMRML').removesuffix('Node')} {name}")
+                widget = QtWidgets.QLabel(
+                    f"{element.get('class', '').removeprefix('vtkMRML').removesuffix('Node')} {name}"
+                )
                 widget.setAlignment(QtCore.Qt.AlignmentFlag.AlignCenter)
                 widget.setStyleSheet("background-color: #9C9CCC; color: #404060;")
                 widget.setSizePolicy(QtWidgets.QSizePolicy.Policy.Expanding, QtWidgets.QSizePolicy.Policy.Expanding)
@@ -228,7 +230,9 @@ class qSlicerLayoutManager(QtCore.QObject):  # noqa: N801
             for child in item:
                 widget = self._build(child)
                 if kind == "grid":
-                    spans = (int(item.get(k, v)) for k, v in (("row", 0), ("column", 0), ("rowspan", 1), ("colspan", 1)))
+                    spans = (
+                        int(item.get(k, v)) for k, v in (("row", 0), ("column", 0), ("rowspan", 1), ("colspan", 1))
+                    )
                     layout.addWidget(widget, *spans)
                 else:
                     layout.addWidget(widget)

@@ -164,7 +164,9 @@ def findFirstAnnotation(annotations, kind):
 def _nodeClasses(datatype):
     """Node classes of a node type or of a union of node types and None; empty for anything else."""
     datatype = unannotatedType(datatype)
-    members = typing.get_args(datatype) if typing.get_origin(datatype) in (typing.Union, types.UnionType) else (datatype,)
+    members = (
+        typing.get_args(datatype) if typing.get_origin(datatype) in (typing.Union, types.UnionType) else (datatype,)
+    )
     members = [m for m in members if m is not type(None)]
     return members if all(isinstance(m, type) and issubclass(m, slicer.vtkMRMLNode) for m in members) else []
 

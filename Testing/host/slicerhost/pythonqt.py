@@ -415,9 +415,7 @@ def _patch_qobject():
 # isinstance: PythonQt's wrappers have no base classes, so that a button is not a QWidget
 
 
-_OWN = tuple(
-    os.path.dirname(os.path.abspath(p)) + os.sep for p in (__file__, QtCore.__file__, Shiboken.__file__)
-)
+_OWN = tuple(os.path.dirname(os.path.abspath(p)) + os.sep for p in (__file__, QtCore.__file__, Shiboken.__file__))
 
 
 def _is_instance(cls, obj):

@@ -43,7 +43,9 @@ class ScriptedLoadableModule:
         return os.path.join(os.path.dirname(self.parent.path), "Resources", filename)
 
     def getDefaultModuleDocumentationLink(self, docPage=None):
-        url = slicer.app.documentationBaseUrl + docPage if docPage else slicer.app.moduleDocumentationUrl(self.moduleName)
+        url = (
+            slicer.app.documentationBaseUrl + docPage if docPage else slicer.app.moduleDocumentationUrl(self.moduleName)
+        )
         return f'<p>For more information, see the <a href="{url}">online documentation</a>.</p>'
 
     def runTest(self, msec=100, **kwargs):
@@ -213,7 +215,9 @@ def install():
         ScriptedLoadableModuleTest,
     )
     slicer.selfTests = {}
-    _module("slicer.ScriptedLoadableModule", {c.__name__: c for c in classes} | {"__all__": [c.__name__ for c in classes]})
+    _module(
+        "slicer.ScriptedLoadableModule", {c.__name__: c for c in classes} | {"__all__": [c.__name__ for c in classes]}
+    )
     _module("slicer.i18n", {"tr": tr, "translate": translate})
     testing = (runUnitTest, exitSuccess, exitFailure)
     _module("slicer.testing", {f.__name__: f for f in testing})

@@ -15,7 +15,9 @@ MISSING = "The stand-in host needs slicer-core and PySide6-Essentials: pip insta
 
 def _parser():
     parser = argparse.ArgumentParser(prog="python Testing/host", description="Stand-in for the Slicer application.")
-    parser.add_argument("--testing", action="store_true", help="no dialogs, end after the script, exit code 1 on errors")
+    parser.add_argument(
+        "--testing", action="store_true", help="no dialogs, end after the script, exit code 1 on errors"
+    )
     parser.add_argument("--additional-module-path", dest="paths", action="append", default=[], metavar="DIR")
     parser.add_argument("--additional-module-paths", dest="paths", action="extend", nargs="+", metavar="DIR")
     parser.add_argument("--python-script", metavar="FILE")
