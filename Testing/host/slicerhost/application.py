@@ -39,7 +39,7 @@ def read(kind, value):
     return QtCore.Property(kind, value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------
 # Modules
 
 
@@ -76,14 +76,14 @@ class _CoreModule(_Module):
 
 
 @stand_in
-class qSlicerLoadableModule(_CoreModule):  # noqa: N801
+class qSlicerLoadableModule(_CoreModule):
     def __init__(self, name, logic):
         super().__init__()
         self._start(name, "", logic)
 
 
 @stand_in
-class qSlicerScriptedLoadableModule(_Module):  # noqa: N801
+class qSlicerScriptedLoadableModule(_Module):
     """The `parent` of a ScriptedLoadableModule."""
 
     def __init__(self, name, path):
@@ -117,7 +117,7 @@ class qSlicerScriptedLoadableModule(_Module):  # noqa: N801
 
 
 @stand_in
-class qSlicerAbstractModuleWidget(QtWidgets.QWidget):  # noqa: N801
+class qSlicerAbstractModuleWidget(QtWidgets.QWidget):
     mrmlSceneChanged = HostSignal("mrmlSceneChanged(vtkMRMLScene*)")
 
     def __init__(self, parent=None):
@@ -142,7 +142,7 @@ class qSlicerAbstractModuleWidget(QtWidgets.QWidget):  # noqa: N801
 
 
 @stand_in
-class qSlicerScriptedLoadableModuleWidget(qSlicerAbstractModuleWidget):  # noqa: N801
+class qSlicerScriptedLoadableModuleWidget(qSlicerAbstractModuleWidget):
     """The `parent` of a ScriptedLoadableModuleWidget; errors in its methods are printed, as PythonQt does."""
 
     def __init__(self, parent=None):
@@ -188,7 +188,7 @@ class qSlicerScriptedLoadableModuleWidget(qSlicerAbstractModuleWidget):  # noqa:
 
 
 @stand_in
-class qSlicerModuleFactoryManager(QtCore.QObject):  # noqa: N801
+class qSlicerModuleFactoryManager(QtCore.QObject):
     modulesRegistered = HostSignal("modulesRegistered(QStringList)")
 
     def __init__(self, manager):
@@ -207,7 +207,7 @@ class qSlicerModuleFactoryManager(QtCore.QObject):  # noqa: N801
 
 
 @stand_in
-class qSlicerModuleManager(QtCore.QObject):  # noqa: N801
+class qSlicerModuleManager(QtCore.QObject):
     moduleLoaded = HostSignal("moduleLoaded(QString)")
     moduleAboutToBeUnloaded = HostSignal("moduleAboutToBeUnloaded(QString)")
     allModulesLoaded = HostSignal("allModulesLoaded()")
@@ -236,11 +236,12 @@ class qSlicerModuleManager(QtCore.QObject):  # noqa: N801
         for name, kind in CORE_MODULES.items():
             logic = None
             if kind is not None:
-                logic = logic_of_app.GetColorLogic() if name == "Colors" else getattr(slicer, kind)()
-                if name != "Colors":
-                    logic.SetMRMLApplicationLogic(logic_of_app)
-                    logic.SetMRMLScene(slicer.mrmlScene)
-                    logic_of_app.SetModuleLogic(name, logic)
+                logic = getattr(slicer, kind)()
+                logic.SetMRMLApplicationLogic(logic_of_app)
+                logic_of_app.SetModuleLogic(name, logic)
+                if name == "Colors":
+                    logic_of_app.SetColorLogic(logic)
+                logic.SetMRMLScene(slicer.mrmlScene)
             self._add(qSlicerLoadableModule(name, logic))
 
     def _load_scripted(self, folders):
@@ -251,7 +252,7 @@ class qSlicerModuleManager(QtCore.QObject):  # noqa: N801
             for file in sorted(os.listdir(folder)):
                 if file.endswith(".py") and not file.startswith("_"):
                     found.append((file[:-3], os.path.join(folder, file)))
-        for name, path in found:
+        for _, path in found:
             folder = os.path.dirname(path)
             if folder not in sys.path:
                 sys.path.append(folder)
@@ -289,12 +290,12 @@ class qSlicerModuleManager(QtCore.QObject):  # noqa: N801
             emit(self, "moduleAboutToBeUnloaded(QString)", name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------
 # Main window
 
 
 @stand_in
-class qSlicerModuleSelectorToolBar(QtWidgets.QToolBar):  # noqa: N801
+class qSlicerModuleSelectorToolBar(QtWidgets.QToolBar):
     moduleSelected = HostSignal("moduleSelected(QString)")
 
     def __init__(self, window):
@@ -323,7 +324,7 @@ class qSlicerModuleSelectorToolBar(QtWidgets.QToolBar):  # noqa: N801
 
 
 @stand_in
-class qSlicerMainWindow(QtWidgets.QMainWindow):  # noqa: N801
+class qSlicerMainWindow(QtWidgets.QMainWindow):
     def __init__(self):
         super().__init__()
         self.objectName = "qSlicerMainWindow"
@@ -348,7 +349,7 @@ class qSlicerMainWindow(QtWidgets.QMainWindow):  # noqa: N801
         widget.show()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------
 # Application
 
 
@@ -361,7 +362,7 @@ class CommandOptions:
 
 
 @stand_in
-class qSlicerExtensionsManagerModel(QtCore.QObject):  # noqa: N801
+class qSlicerExtensionsManagerModel(QtCore.QObject):
     """No extension is installed, and none can be: a test injects what it needs."""
 
     def __init__(self):
@@ -375,7 +376,7 @@ class qSlicerExtensionsManagerModel(QtCore.QObject):  # noqa: N801
 
 
 @stand_in
-class qSlicerApplication(QtWidgets.QApplication):  # noqa: N801
+class qSlicerApplication(QtWidgets.QApplication):
     startupCompleted = HostSignal("startupCompleted()")
     mrmlSceneChanged = HostSignal("mrmlSceneChanged(vtkMRMLScene*)")
     renderPaused = HostSignal("renderPaused(bool)")
@@ -399,10 +400,16 @@ class qSlicerApplication(QtWidgets.QApplication):  # noqa: N801
         slicer.mrmlScene = d.scene
         d.logic = slicer.vtkSlicerApplicationLogic()
         d.logic.SetMRMLScene(d.scene)
-        d.logic.SetTemporaryPath(d.temporaryPath) if hasattr(d.logic, "SetTemporaryPath") else None
+        d.logic.SetHomeDirectory(d.home)
+        d.logic.SetShareDirectory(self.slicerSharePath)
+        d.logic.SetTemporaryPath(d.temporaryPath)
         d.scene.SetRootDirectory(d.temporaryPath)
-        d.logic.GetColorLogic().SetMRMLScene(d.scene)
-        d.logic.GetColorLogic().AddDefaultColorNodes()
+        # Bundles (.mrb) are unpacked into the remote cache.
+        cache, io_manager = slicer.vtkCacheManager(), slicer.vtkDataIOManager()
+        cache.SetRemoteCacheDirectory(d.cachePath)
+        io_manager.SetCacheManager(cache)
+        d.scene.SetCacheManager(cache)
+        d.scene.SetDataIOManager(io_manager)
         d.modules = qSlicerModuleManager()
         d.io = io
         self._observe_subject_hierarchy()
@@ -414,31 +421,33 @@ class qSlicerApplication(QtWidgets.QApplication):  # noqa: N801
 
     def _observe_subject_hierarchy(self):
         """qSlicerSubjectHierarchyPluginLogic: an item for each visible node with data, gone with the node."""
-        scene, kind = self._d.scene, slicer.vtkMRMLScene
+        kind = slicer.vtkMRMLScene
+        observe(self, self._d.scene, kind.NodeAddedEvent, "_node_added")
+        observe(self, self._d.scene, kind.NodeAboutToBeRemovedEvent, "_node_removed")
+        observe(self, self._d.scene, kind.EndImportEvent, "_imported")
 
-        def add(node):
-            sh = scene.GetSubjectHierarchyNode()
-            if node is None or scene.IsImporting() or node.GetHideFromEditors():
-                return
-            if node.IsA("vtkMRMLStorableNode") and not node.IsA("vtkMRMLColorNode") and not sh.GetItemByDataNode(node):
-                sh.CreateItem(sh.GetSceneItemID(), node)
+    def _node_added(self, node):
+        scene = self._d.scene
+        if node is None or scene.IsImporting() or node.GetHideFromEditors():
+            return
+        sh = scene.GetSubjectHierarchyNode()
+        if node.IsA("vtkMRMLStorableNode") and not node.IsA("vtkMRMLColorNode") and not sh.GetItemByDataNode(node):
+            sh.CreateItem(sh.GetSceneItemID(), node)
 
-        def remove(node):
-            sh = scene.GetSubjectHierarchyNode()
-            if node is not None and not scene.IsClosing() and not node.IsA("vtkMRMLSubjectHierarchyNode"):
-                item = sh.GetItemByDataNode(node)
-                if item:
-                    sh.RemoveItem(item, False, False)
+    def _node_removed(self, node):
+        scene = self._d.scene
+        if node is None or scene.IsClosing() or node.IsA("vtkMRMLSubjectHierarchyNode"):
+            return
+        sh = scene.GetSubjectHierarchyNode()
+        item = sh.GetItemByDataNode(node)
+        if item:
+            sh.RemoveItem(item, False, False)
 
-        def add_all(_):
-            for i in range(scene.GetNumberOfNodes()):
-                add(scene.GetNthNode(i))
+    def _imported(self, _):
+        for i in range(self._d.scene.GetNumberOfNodes()):
+            self._node_added(self._d.scene.GetNthNode(i))
 
-        observe(self, scene, kind.NodeAddedEvent, add)
-        observe(self, scene, kind.NodeAboutToBeRemovedEvent, remove)
-        observe(self, scene, kind.EndImportEvent, add_all)
-
-    # ---- Q_INVOKABLE -------------------------------------------------------------------------------------------------
+    # ---- Q_INVOKABLE ---
 
     def commandOptions(self):
         return self._d.options
@@ -516,7 +525,7 @@ class qSlicerApplication(QtWidgets.QApplication):  # noqa: N801
     def quit(self):
         self.exit(0)
 
-    # ---- properties ---------------------------------------------------------------------------------------------------
+    # ---- properties ---
 
     slicerHome = read(str, lambda self: self._d.home)
     slicerSharePath = read(str, lambda self: "share/Slicer-5.12")
@@ -560,7 +569,7 @@ def run_code(text, path="<string>"):
         exec(compile(text, path, "exec"), vars(sys.modules["__main__"]))
     except SystemExit as e:
         return e.code in (None, 0)
-    except BaseException:  # noqa: BLE001
+    except BaseException:
         traceback.print_exc()
         return False
     finally:

@@ -25,7 +25,7 @@ def stand_in(cls):
 
 def only_parent(cls, args):
     """PythonQt wraps the constructor that takes a parent; every other argument is refused."""
-    if len(args) > 1 or (args and args[0] is not None and not QtWidgets.QWidget in type(args[0]).__mro__):
+    if len(args) > 1 or (args and args[0] is not None and QtWidgets.QWidget not in type(args[0]).__mro__):
         raise ValueError(f"Called {cls}() with wrong arguments: {args}; a parent widget is all that it takes")
     return args[0] if args else None
 
@@ -69,11 +69,11 @@ def inner(widget, margin=0):
     return layout
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------
 
 
 @stand_in
-class ctkCollapsibleButton(QtWidgets.QAbstractButton):  # noqa: N801
+class ctkCollapsibleButton(QtWidgets.QAbstractButton):
     contentsCollapsed = HostSignal("contentsCollapsed(bool)")
 
     def __init__(self, *args):
@@ -171,7 +171,7 @@ class ctkCollapsibleButton(QtWidgets.QAbstractButton):  # noqa: N801
 
 
 @stand_in
-class ctkCollapsibleGroupBox(QtWidgets.QGroupBox):  # noqa: N801
+class ctkCollapsibleGroupBox(QtWidgets.QGroupBox):
     def __init__(self, *args):
         super().__init__(only_parent("ctkCollapsibleGroupBox", args))
         state(self, collapsedHeight=14, hidden=[], maximumHeight=self.maximumHeight)
@@ -198,7 +198,7 @@ class ctkCollapsibleGroupBox(QtWidgets.QGroupBox):  # noqa: N801
 
 
 @stand_in
-class ctkSliderWidget(QtWidgets.QWidget):  # noqa: N801
+class ctkSliderWidget(QtWidgets.QWidget):
     valueChanged = HostSignal("valueChanged(double)")
     valueIsChanging = HostSignal("valueIsChanging(double)")
     decimalsChanged = HostSignal("decimalsChanged(int)")
@@ -294,7 +294,7 @@ class ctkSliderWidget(QtWidgets.QWidget):  # noqa: N801
 
 
 @stand_in
-class ctkDoubleSlider(QtWidgets.QWidget):  # noqa: N801
+class ctkDoubleSlider(QtWidgets.QWidget):
     valueChanged = HostSignal("valueChanged(double)")
     sliderMoved = HostSignal("sliderMoved(double)")
     sliderPressed = HostSignal("sliderPressed()")
@@ -358,7 +358,7 @@ class ctkDoubleSlider(QtWidgets.QWidget):  # noqa: N801
 
 
 @stand_in
-class ctkDoubleSpinBox(QtWidgets.QWidget):  # noqa: N801
+class ctkDoubleSpinBox(QtWidgets.QWidget):
     valueChanged = HostSignal("valueChanged(double)", "valueChanged(QString)")
     editingFinished = HostSignal("editingFinished()")
     decimalsChanged = HostSignal("decimalsChanged(int)")
@@ -447,7 +447,7 @@ class _RangeBar(QtWidgets.QWidget):
 
 
 @stand_in
-class ctkRangeWidget(QtWidgets.QWidget):  # noqa: N801
+class ctkRangeWidget(QtWidgets.QWidget):
     minimumValueChanged = HostSignal("minimumValueChanged(double)")
     minimumValueIsChanging = HostSignal("minimumValueIsChanging(double)")
     maximumValueChanged = HostSignal("maximumValueChanged(double)")
@@ -523,7 +523,7 @@ class ctkRangeWidget(QtWidgets.QWidget):  # noqa: N801
     def _set_maximum(self, value):
         self.setRange(min(value, self._d.minimum), value)
 
-    def _both(name, kind=str):  # noqa: N805
+    def _both(name, kind=str):
         setter = "set" + name[0].upper() + name[1:]
 
         def set_(self, value):
@@ -550,7 +550,7 @@ class ctkRangeWidget(QtWidgets.QWidget):  # noqa: N801
 
 
 @stand_in
-class ctkPathLineEdit(QtWidgets.QWidget):  # noqa: N801
+class ctkPathLineEdit(QtWidgets.QWidget):
     validInputChanged = HostSignal("validInputChanged(bool)")
     currentPathChanged = HostSignal("currentPathChanged(QString)")
 
@@ -631,7 +631,7 @@ class ctkPathLineEdit(QtWidgets.QWidget):  # noqa: N801
 
 
 @stand_in
-class ctkDirectoryButton(QtWidgets.QWidget):  # noqa: N801
+class ctkDirectoryButton(QtWidgets.QWidget):
     directoryChanged = HostSignal("directoryChanged(QString)")
     directorySelected = HostSignal("directorySelected(QString)")
 
@@ -665,7 +665,7 @@ class ctkDirectoryButton(QtWidgets.QWidget):  # noqa: N801
 
 
 @stand_in
-class ctkComboBox(QtWidgets.QComboBox):  # noqa: N801
+class ctkComboBox(QtWidgets.QComboBox):
     returnRelease = HostSignal("returnRelease()")
 
     NeverScroll, AlwaysScroll, ScrollWithFocus, ScrollWithNoVScrollBar = range(4)
@@ -697,13 +697,13 @@ class ctkComboBox(QtWidgets.QComboBox):  # noqa: N801
 
 
 @stand_in
-class ctkCheckBox(QtWidgets.QCheckBox):  # noqa: N801
+class ctkCheckBox(QtWidgets.QCheckBox):
     def __init__(self, *args):
         super().__init__(only_parent("ctkCheckBox", args))
 
 
 @stand_in
-class ctkMessageBox(QtWidgets.QMessageBox):  # noqa: N801
+class ctkMessageBox(QtWidgets.QMessageBox):
     def __init__(self, *args):
         super().__init__(only_parent("ctkMessageBox", args))
         state(self, dontShowAgainVisible=False, dontShowAgainSettingsKey="", dontShowAgain=False)

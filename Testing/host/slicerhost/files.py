@@ -50,7 +50,7 @@ class CoreIOManager:
         storage.UnRegister(None)
         return storage.GetSupportedFileExtension(name)
 
-    # ---- loading ------------------------------------------------------------------------------------------------------
+    # ---- loading ---
 
     def loadNodes(self, kind, properties, loaded=None, messages=None):
         name = properties["fileName"]
@@ -111,7 +111,7 @@ class CoreIOManager:
     def loadScene(self, name, properties=None):
         return self._load_scene(str(name), (properties or {}).get("clear", True))
 
-    # ---- saving -------------------------------------------------------------------------------------------------------
+    # ---- saving ---
 
     def saveNodes(self, kind, properties, messages=None):
         name = str(properties["fileName"])
@@ -157,7 +157,7 @@ class CoreIOManager:
         with tempfile.TemporaryDirectory():
             return bool(slicer.app.applicationLogic().SaveSceneToSlicerDataBundleDirectory(name, None))
 
-    # ---- registered readers, asked for by the tests of other modules ----------------------------------------------------
+    # ---- registered readers, asked for by the tests of other modules ---
 
     def registeredFileReaderCount(self, kind):
         return int(any(kind == t[0] for t in TYPES))

@@ -1,6 +1,6 @@
 """slicer.app.layoutManager() and the slice views.
 
-The layout, its slice nodes and the slices themselves are Slicer's own (vtkMRMLLayoutLogic, vtkMRMLSliceLogic: reslicing,
+The layout, its slice nodes and the slices are Slicer's own (vtkMRMLLayoutLogic, vtkMRMLSliceLogic: reslicing,
 window/level, blending). The stand-in only arranges widgets and paints the blended image; there is no OpenGL, so that
 nothing else that Slicer draws into a view (3D, markups, orientation marker, crosshair) can be seen.
 """
@@ -19,7 +19,7 @@ from .pythonqt import HostSignal, emit
 
 
 @stand_in
-class qMRMLSliceView(QtWidgets.QWidget):  # noqa: N801
+class qMRMLSliceView(QtWidgets.QWidget):
     def __init__(self, parent=None):
         super().__init__(parent)
         state(self, logic=None, slice=None)
@@ -67,7 +67,7 @@ def slice_image(logic):
 
 
 @stand_in
-class qMRMLSliceControllerWidget(QtWidgets.QWidget):  # noqa: N801
+class qMRMLSliceControllerWidget(QtWidgets.QWidget):
     """The bar over a slice view: its name in its colour, and the position of the slice."""
 
     def __init__(self, parent=None):
@@ -109,7 +109,7 @@ class qMRMLSliceControllerWidget(QtWidgets.QWidget):  # noqa: N801
 
 
 @stand_in
-class qMRMLSliceWidget(QtWidgets.QWidget):  # noqa: N801
+class qMRMLSliceWidget(QtWidgets.QWidget):
     def __init__(self, node, logic):
         super().__init__()
         view, controller = qMRMLSliceView(), qMRMLSliceControllerWidget()
@@ -122,7 +122,7 @@ class qMRMLSliceWidget(QtWidgets.QWidget):  # noqa: N801
         layout.addWidget(controller)
         layout.addWidget(view)
         for target in (d.slice, logic):
-            observe(self, target, vtk.vtkCommand.ModifiedEvent, self._modified)
+            observe(self, target, vtk.vtkCommand.ModifiedEvent, "_modified")
         controller._update()
 
     def _modified(self, _):
@@ -153,7 +153,7 @@ class qMRMLSliceWidget(QtWidgets.QWidget):  # noqa: N801
 
 
 @stand_in
-class qSlicerLayoutManager(QtCore.QObject):  # noqa: N801
+class qSlicerLayoutManager(QtCore.QObject):
     layoutChanged = HostSignal("layoutChanged(int)")
 
     def __init__(self, window, app_logic):
@@ -166,8 +166,8 @@ class qSlicerLayoutManager(QtCore.QObject):  # noqa: N801
         app_logic.SetSliceLogics(logics)
         d.logic = slicer.vtkMRMLLayoutLogic()
         d.logic.SetMRMLScene(slicer.mrmlScene)
-        observe(self, d.logic.GetLayoutNode(), vtk.vtkCommand.ModifiedEvent, self._layout_modified)
-        observe(self, slicer.mrmlScene, slicer.vtkMRMLScene.NodeAddedEvent, self._node_added)
+        observe(self, d.logic.GetLayoutNode(), vtk.vtkCommand.ModifiedEvent, "_layout_modified")
+        observe(self, slicer.mrmlScene, slicer.vtkMRMLScene.NodeAddedEvent, "_node_added")
         for node in slicer.util.getNodesByClass("vtkMRMLSliceNode"):
             self._node_added(node)
 
@@ -238,7 +238,7 @@ class qSlicerLayoutManager(QtCore.QObject):  # noqa: N801
                     layout.addWidget(widget)
         return box
 
-    # ---- as in Slicer -------------------------------------------------------------------------------------------------
+    # ---- as in Slicer ---
 
     def layoutLogic(self):
         return self._d.logic

@@ -1,6 +1,7 @@
 """Stand-ins for the qMRML and qSlicer widgets, after their headers in Slicer's Libs/MRML/Widgets and Base/QTGUI."""
 
 import sys
+import weakref
 
 import slicer
 import vtk
@@ -24,18 +25,29 @@ _NODE_ROLE = 0x100  # Qt.UserRole: the node's ID
 _ACTION_ROLE = 0x101  # what an extra item does
 
 
-def observe(widget, target, event, method):
-    """Observe a VTK object until the widget's C++ half is gone."""
+_observed = {}  # (target, tag) -> callback; VTK alone does not keep a callback whose target only C++ holds alive
+
+
+def observe(widget, target, event, name, *args):
+    """Call the widget's method `name` with the event's node, as long as the widget lives. Returns the tag."""
+    reference = weakref.ref(widget)
 
     @vtk.calldata_type(vtk.VTK_OBJECT)
-    def callback(caller, name, data=None):
-        if Shiboken.isValid(widget):
-            method(data)
+    def callback(caller, event_name, data=None):
+        living = reference()
+        if living is not None and Shiboken.isValid(living):
+            getattr(living, name)(data, *args)
         else:
-            target.RemoveObserver(tag)
+            unobserve(target, tag)
 
     tag = target.AddObserver(event, callback)
+    _observed[target, tag] = callback
     return tag
+
+
+def unobserve(target, tag):
+    target.RemoveObserver(tag)
+    _observed.pop((target, tag), None)
 
 
 class _SceneWidget:
@@ -51,7 +63,7 @@ class _SceneWidget:
 
 
 @stand_in
-class qMRMLWidget(QtWidgets.QWidget):  # noqa: N801
+class qMRMLWidget(QtWidgets.QWidget):
     mrmlSceneChanged = HostSignal("mrmlSceneChanged(vtkMRMLScene*)")
 
     def __init__(self, *args):
@@ -63,7 +75,7 @@ class qMRMLWidget(QtWidgets.QWidget):  # noqa: N801
 
 
 @stand_in
-class qSlicerWidget(QtWidgets.QWidget):  # noqa: N801
+class qSlicerWidget(QtWidgets.QWidget):
     mrmlSceneChanged = HostSignal("mrmlSceneChanged(vtkMRMLScene*)")
 
     def __init__(self, *args):
@@ -91,7 +103,7 @@ class _Unit:
 
 
 @stand_in
-class qMRMLSliderWidget(ctkSliderWidget):  # noqa: N801
+class qMRMLSliderWidget(ctkSliderWidget):
     def __init__(self, *args):
         super().__init__(*args)
         self._d.scene, self._d.quantity, self._d.unitAwareProperties = None, "", 0x1F
@@ -103,7 +115,7 @@ class qMRMLSliderWidget(ctkSliderWidget):  # noqa: N801
 
 
 @stand_in
-class qMRMLSpinBox(ctkDoubleSpinBox):  # noqa: N801
+class qMRMLSpinBox(ctkDoubleSpinBox):
     def __init__(self, *args):
         super().__init__(*args)
         self._d.scene, self._d.quantity, self._d.unitAwareProperties = None, "", 0x1F
@@ -115,7 +127,7 @@ class qMRMLSpinBox(ctkDoubleSpinBox):  # noqa: N801
 
 
 @stand_in
-class qMRMLRangeWidget(ctkRangeWidget):  # noqa: N801
+class qMRMLRangeWidget(ctkRangeWidget):
     def __init__(self, *args):
         super().__init__(*args)
         self._d.scene, self._d.quantity = None, ""
@@ -130,7 +142,7 @@ def warn(text):
 
 
 @stand_in
-class qMRMLNodeComboBox(QtWidgets.QWidget):  # noqa: N801
+class qMRMLNodeComboBox(QtWidgets.QWidget):
     """Selector of a node of the scene.
 
     The rows are None (where allowed), the nodes in the order of the scene, and the actions, in a real QComboBox, so
@@ -164,7 +176,7 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):  # noqa: N801
         self._update_text()
         self.setEnabled(False)
 
-    # ---- rows -----------------------------------------------------------------------------------------------------
+    # ---- rows ---
 
     def _accepts(self, node):
         d = self._d
@@ -227,10 +239,10 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):  # noqa: N801
         d.combo.insertItem(row, node.GetName() or node.GetID())
         d.combo.setItemData(row, node.GetID(), _NODE_ROLE)
         if node.GetID() not in d.nodeTags:
-            tag = observe(self, node, vtk.vtkCommand.ModifiedEvent, lambda data, node=node: self._node_modified(node))
+            tag = observe(self, node, vtk.vtkCommand.ModifiedEvent, "_node_modified", node)
             d.nodeTags[node.GetID()] = (node, tag)
 
-    def _node_modified(self, node):
+    def _node_modified(self, _, node):
         row = self._row(node.GetID())
         if row is not None and self._d.combo.itemText(row) != node.GetName():
             self._d.combo.setItemText(row, node.GetName() or "")
@@ -272,7 +284,7 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):  # noqa: N801
         kinds = self._d.nodeTypes
         self._d.combo.defaultText = "Select a " + self.nodeTypeLabel(kinds[0] if kinds else "")
 
-    # ---- events of the scene ----------------------------------------------------------------------------------------
+    # ---- events of the scene ---
 
     def _node_added(self, node):
         if node is None or self._d.scene.IsImporting() or not self._accepts(node):
@@ -286,7 +298,7 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):  # noqa: N801
             return
         entry = self._d.nodeTags.pop(node.GetID(), None)
         if entry:
-            node.RemoveObserver(entry[1])
+            unobserve(*entry)
         row = self._row(node.GetID())
         if row is not None:
             emit(self, "nodeAboutToBeRemoved(vtkMRMLNode*)", node)
@@ -298,7 +310,7 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):  # noqa: N801
 
     def _drop_node_observers(self):
         for node, tag in self._d.nodeTags.values():
-            node.RemoveObserver(tag)
+            unobserve(node, tag)
         self._d.nodeTags = {}
 
     def setMRMLScene(self, scene):
@@ -310,15 +322,15 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):  # noqa: N801
         if d.scene is not None:
             self._drop_node_observers()
             for tag in d.tags:
-                d.scene.RemoveObserver(tag)
+                unobserve(d.scene, tag)
         d.scene, d.tags = scene, []
         if scene is not None:
             kind = slicer.vtkMRMLScene
             d.tags = [
-                observe(self, scene, kind.NodeAddedEvent, self._node_added),
-                observe(self, scene, kind.NodeAboutToBeRemovedEvent, self._node_removed),
-                observe(self, scene, kind.EndCloseEvent, self._scene_updated),
-                observe(self, scene, kind.EndImportEvent, self._scene_updated),
+                observe(self, scene, kind.NodeAddedEvent, "_node_added"),
+                observe(self, scene, kind.NodeAboutToBeRemovedEvent, "_node_removed"),
+                observe(self, scene, kind.EndCloseEvent, "_scene_updated"),
+                observe(self, scene, kind.EndImportEvent, "_scene_updated"),
             ]
         wanted = before
         if not had_nodes and d.requestedNode is not None:
@@ -333,7 +345,7 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):  # noqa: N801
             self._emit_current()
         self.setEnabled(scene is not None)
 
-    # ---- current node -----------------------------------------------------------------------------------------------
+    # ---- current node ---
 
     def _emit_current(self):
         d = self._d
@@ -421,7 +433,7 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):  # noqa: N801
         ids = self._ids()
         return self._d.scene.GetNodeByID(ids[index]) if 0 <= index < len(ids) else None
 
-    # ---- creating and changing nodes ----------------------------------------------------------------------------------
+    # ---- creating and changing nodes ---
 
     def addNode(self, kind=None):
         d = self._d
@@ -494,7 +506,7 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):  # noqa: N801
             return d.scene.GetTypeDisplayNameByClassName(kind) or "node"
         return "node"
 
-    # ---- properties ---------------------------------------------------------------------------------------------------
+    # ---- properties ---
 
     def _set_node_types(self, kinds):
         self._d.nodeTypes = [k for k in kinds if k]

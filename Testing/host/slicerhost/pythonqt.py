@@ -63,7 +63,7 @@ def call(function, args):
         args = args[: max(code.co_argcount - bound, 0)]
     try:
         function(*args)
-    except BaseException:  # noqa: BLE001
+    except BaseException:
         handle_error()
 
 
@@ -79,7 +79,7 @@ def class_name(cls):
     return cls.__name__
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------
 # Signals
 
 
@@ -262,7 +262,7 @@ def disconnect(obj, signature, *args):
     return bool(gone)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------
 # Attributes
 
 
@@ -411,7 +411,7 @@ def _patch_qobject():
     QObject.property = lambda self, name: python_value(plain(self, name))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------
 # isinstance: PythonQt's wrappers have no base classes, so that a button is not a QWidget
 
 
@@ -431,7 +431,7 @@ def _is_instance(cls, obj):
     return type.__instancecheck__(cls, obj) if cls not in _native else False
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------
 # Functions that PythonQt has in another form
 
 
@@ -489,6 +489,8 @@ class QUiLoader(QtUiTools.QUiLoader):
             name = element.get("class")
             if name not in self.custom and not hasattr(QtWidgets, name):
                 raise RuntimeError(f"The stand-in host has no widget class {name} (in the .ui file)")
+            if name in self.custom:
+                self._enumerators(element)
         # Qt cannot see the signals and slots of the stand-ins, so that the connections are made here.
         links = [
             {part.tag: part.text for part in c if part.tag in ("sender", "signal", "receiver", "slot")}
@@ -510,6 +512,18 @@ class QUiLoader(QtUiTools.QUiLoader):
                 continue
             connect(sender, link["signal"], receiver, link["slot"])
         return widget
+
+    def _enumerators(self, element):
+        """Qt cannot see the enumerators of the stand-ins: ctkPathLineEdit::Files|ctkPathLineEdit::Readable."""
+        for prop in element.findall("property"):
+            for value in (*prop.findall("enum"), *prop.findall("set")):
+                names = [n.strip().rpartition("::") for n in value.text.split("|")]
+                if not all(owner in self.custom for owner, _, _ in names):
+                    continue
+                number = 0
+                for owner, _, name in names:
+                    number |= getattr(self.custom[owner], name)
+                value.tag, value.text = "number", str(number)
 
 
 def _classes():

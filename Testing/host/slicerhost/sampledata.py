@@ -1,4 +1,8 @@
-"""The module `SampleData`: registering sources, and loading those that bring their own downloader. No network."""
+"""The module `SampleData`: the registry of sources. There is no network.
+
+A source with a `customDownloader` is loaded by a click on its button in Slicer; a test calls
+``source.customDownloader(source)``, which is what the button does.
+"""
 
 import sys
 import types
@@ -56,12 +60,34 @@ class SampleDataLogic:
 
     @staticmethod
     def registerCustomSampleDataCategory(category, title):
-        slicer.modules.sampleDataCategoryTitles[category] = title
+        slicer.modules.sampleDataSourceCategories.setdefault(category, {})["title"] = title
 
     @staticmethod
-    def registerCustomSampleDataSource(category="Custom", sampleName=None, uris=None, fileNames=None, **kwargs):
-        kwargs.setdefault("sampleDescription", None)
-        source = SampleDataSource(sampleName=sampleName, uris=uris, fileNames=fileNames, **kwargs)
+    def registerCustomSampleDataSource(
+        category="Custom",
+        sampleName=None,
+        uris=None,
+        fileNames=None,
+        nodeNames=None,
+        customDownloader=None,
+        thumbnailFileName=None,
+        loadFileTypes=None,
+        loadFiles=None,
+        loadFileProperties=None,
+        checksums=None,
+    ):
+        source = SampleDataSource(
+            sampleName=sampleName,
+            uris=uris,
+            fileNames=fileNames,
+            nodeNames=nodeNames,
+            thumbnailFileName=thumbnailFileName,
+            loadFileTypes=loadFileTypes,
+            loadFiles=loadFiles,
+            loadFileProperties=loadFileProperties,
+            checksums=checksums,
+            customDownloader=customDownloader,
+        )
         sources = slicer.modules.sampleDataSources.setdefault(category, [])
         if source not in sources:
             sources.append(source)
@@ -73,29 +99,31 @@ class SampleDataLogic:
 
     @staticmethod
     def isSampleDataSourceRegistered(category, sampleDataSource):
+        if not isinstance(sampleDataSource, SampleDataSource):
+            raise TypeError(f"unsupported sampleDataSource type '{type(sampleDataSource)}'")
         return sampleDataSource in slicer.modules.sampleDataSources.get(category, [])
 
     @staticmethod
     def categoryTitle(category):
-        return slicer.modules.sampleDataCategoryTitles.get(category, category)
+        return slicer.modules.sampleDataSourceCategories.get(category, {}).get("title", category)
 
     def sourceForSampleName(self, sampleName):
         for sources in slicer.modules.sampleDataSources.values():
             for source in sources:
-                if source.sampleName == sampleName or sampleName in source.nodeNames:
+                if source.sampleName == sampleName:
                     return source
         return None
 
     def downloadFromSource(self, source, maximumAttemptsCount=3, forceDownload=False):
-        if source.customDownloader is None:
-            raise RuntimeError("The stand-in host has no network: only sources with a customDownloader can be loaded")
-        return source.customDownloader(source)
+        """Slicer downloads the URIs here: only a click on the source's button calls its customDownloader."""
+        raise RuntimeError(f"The stand-in host has no network: cannot download {source.uris}")
 
     def downloadSample(self, sampleName):
-        return self.downloadFromSource(self.sourceForSampleName(sampleName))[0]
+        return self.downloadSamples(sampleName)[0]
 
     def downloadSamples(self, sampleName):
-        return self.downloadFromSource(self.sourceForSampleName(sampleName))
+        source = self.sourceForSampleName(sampleName)
+        return self.downloadFromSource(source) if source else []
 
 
 def downloadSample(sampleName):
@@ -108,7 +136,7 @@ def downloadSamples(sampleName):
 
 def install():
     slicer.modules.sampleDataSources = {}
-    slicer.modules.sampleDataCategoryTitles = {}
+    slicer.modules.sampleDataSourceCategories = {}
     module = types.ModuleType("SampleData")
     for item in (SampleDataSource, SampleDataLogic, downloadSample, downloadSamples):
         setattr(module, item.__name__, item)

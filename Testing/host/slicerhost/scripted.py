@@ -1,4 +1,4 @@
-"""The modules `slicer.ScriptedLoadableModule`, `slicer.i18n` and `slicer.testing`, after Slicer's files of these names."""
+"""The modules `slicer.ScriptedLoadableModule`, `slicer.i18n` and `slicer.testing`, after Slicer's own."""
 
 import importlib
 import logging

@@ -9,7 +9,7 @@ import stat
 import sys
 import tempfile
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HIDDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hidden")
 MISSING = "The stand-in host needs slicer-core and PySide6-Essentials: pip install -e '.[test]' ({})"
 
 
@@ -32,8 +32,9 @@ def _parser():
 def _python_slicer(folder):
     """PythonSlicer: a launcher with the interpreter as its child, so that killing it leaves the child, as in Slicer."""
     path = os.path.join(folder, "PythonSlicer")
+    hide = f'PYTHONPATH="{HIDDEN}:$PYTHONPATH"; export PYTHONPATH\n' if os.environ.get("SLICERHOST_HIDE") else ""
     with open(path, "w", encoding="utf-8") as f:
-        f.write(f'#!/bin/sh\n"{sys.executable}" "$@"\nexit $?\n')
+        f.write(f'#!/bin/sh\n{hide}"{sys.executable}" "$@"\nexit $?\n')
     os.chmod(path, os.stat(path).st_mode | stat.S_IXUSR)
 
 
@@ -71,9 +72,11 @@ def main(argv=None):
 
 def _run(options, home):
     os.environ["QT_QPA_PLATFORM"] = "offscreen"
+    if os.environ.get("SLICERHOST_HIDE"):
+        from .hidden import sitecustomize  # noqa: F401
     environment = dict(os.environ)
-    for name in ("bin", "tmp", "settings"):
-        os.mkdir(os.path.join(home, name))
+    for name in ("bin", "tmp", "settings", "share/Slicer-5.12/ColorFiles"):
+        os.makedirs(os.path.join(home, name))
     _python_slicer(os.path.join(home, "bin"))
     os.environ["PATH"] = os.path.join(home, "bin") + os.pathsep + os.environ.get("PATH", "")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
@@ -94,7 +97,7 @@ def _run(options, home):
     from . import ctkwidgets
 
     ctkwidgets.install()
-    from . import application, files, layout, mrmlwidgets, parameternode, sampledata, scripted
+    from . import application, files, layout, mrmlwidgets, packages, parameternode, sampledata, scripted
 
     for part in (mrmlwidgets, application, layout):
         part.install()
@@ -103,6 +106,7 @@ def _run(options, home):
     slicer.app = app
     parameternode.install()
     scripted.install()
+    packages.install()
     _fonts(app, qt)
     app._start(files.CoreIOManager(), layout.qSlicerLayoutManager)
     sampledata.install()
