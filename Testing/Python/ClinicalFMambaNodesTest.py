@@ -359,14 +359,13 @@ class Views(NodeTestCase):
 
 class SampleDataTest(NodeTestCase):
     def test_phantom_is_registered_and_made_here(self):
-        import SampleData
-
         sample_data.register()
         sample_data.register()
         sources = slicer.modules.sampleDataSources[sample_data.CATEGORY]
         self.assertEqual([source.sampleName for source in sources], [sample_data.SAMPLE])
         self.assertTrue(Path(sources[0].thumbnailFileName).is_file())
-        nodes = SampleData.SampleDataLogic().downloadSamples(sample_data.SAMPLE)
+        # As the button of the Sample Data module does it.
+        nodes = sources[0].customDownloader(sources[0])
         self.assertEqual([node.GetName() for node in nodes], [f"Phantom {name}" for name in sample_data.SHOWN])
         hierarchy = slicer.mrmlScene.GetSubjectHierarchyNode()
         items = [hierarchy.GetItemByDataNode(node) for node in nodes]
