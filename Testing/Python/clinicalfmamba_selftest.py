@@ -12,7 +12,7 @@ import slicer
 import vtk
 
 FOLDER = Path(__file__).resolve().parent
-SECONDS = 60  # of a wait for something that takes far less: only a hang gets there
+SECONDS = 180  # of a wait for something that takes far less: only a hang gets there
 
 
 def run(name):

@@ -1,0 +1,32 @@
+"""The self-tests of the Slicer module, in the stand-in host: each file as Slicer runs it, in an application of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("slicer", reason="the stand-in host needs slicer-core and PySide6: pip install '.[test]'")
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted(path.name for path in (ROOT / "Testing" / "Python").glob("*Test.py"))
+MINUTES = 10  # a hang shall fail the test, not the run
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_selftest(file):
+    command = [sys.executable, "Testing/host", "--testing", "--additional-module-paths", "ClinicalFMamba"]
+    done = subprocess.run(
+        [*command, "--python-script", f"Testing/Python/{file}"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60 * MINUTES,
+    )
+    print(done.stdout[-20000:], done.stderr[-20000:])
+    assert done.returncode == 0
+    assert "\nOK" in done.stderr + done.stdout
