@@ -1,5 +1,6 @@
 """What the slice views show."""
 
+import qt
 import slicer
 
 COMPARE_LAYOUT = 52508  # Slicer's own are below 1000
@@ -77,11 +78,17 @@ def compare(*nodes):
         composite.SetForegroundVolumeID(None)
         composite.SetLabelVolumeID(None)
     for name in COMPARE_VIEWS:
-        widget = manager.sliceWidget(name)
-        if widget is not None:
-            # Slices along A's own axes, however it lies.
-            widget.mrmlSliceNode().RotateToVolumePlane(nodes[0])
-            widget.sliceLogic().FitSliceToBackground()
+        # Slices along A's own axes, however it lies.
+        manager.sliceWidget(name).mrmlSliceNode().RotateToVolumePlane(nodes[0])
     for composite in composites:
         composite.SetLinkedControl(1)
         composite.SetHotLinkedControl(1)
+    _fitCompared()
+    # And when the views have got their place on the screen.
+    qt.QTimer.singleShot(100, _fitCompared)
+
+
+def _fitCompared():
+    if isComparing():
+        for name in COMPARE_VIEWS:
+            slicer.app.layoutManager().sliceWidget(name).sliceLogic().FitSliceToBackground()

@@ -345,7 +345,7 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         """
         difference = result_nodes.putDifference(fusedVolume)
         display.leaveComparison()
-        display.showOver(fusedVolume.GetNodeReference(result_nodes.VOLUME_A), difference, 0.5)
+        display.showOver(fusedVolume.GetNodeReference(result_nodes.VOLUME_A), difference, 0.6)
         return difference
 
     def saveReport(self, fusedVolume, path):
@@ -559,6 +559,8 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         self._abandonment.stop()
         job = self._job
         if job is not None:
+            # An end in order, as a launcher may report it, is none for a fusion under way.
+            kind = "crashed" if kind == "idle" else kind
             onGpu = self._deviceOf(job) not in ("cpu", "")
             message, retry = {
                 "silent": (_("The fusion process does not answer any more and was ended."), "again"),

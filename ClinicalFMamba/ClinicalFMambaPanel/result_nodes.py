@@ -14,7 +14,8 @@ VOLUME_A, VOLUME_B = "clinicalFMambaVolumeA", "clinicalFMambaVolumeB"
 PROVENANCE, METRICS = "clinicalFMambaProvenance", "clinicalFMambaMetrics"
 CLASSIFICATION, DIFFERENCE = "clinicalFMambaClassification", "clinicalFMambaDifference"
 GREY = "vtkMRMLColorTableNodeGrey"
-DIVERGING = "vtkMRMLColorTableNodeFileDivergingBlueRed.txt"
+DIFFERENCE_COLOURS = "ClinicalFMambaDifference"
+DIFFERENCE_RANGE = 500  # thousandths of black to white
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,11 +201,28 @@ def putDifference(output):
     node = _companion(output, DIFFERENCE, "vtkMRMLScalarVolumeNode", _("{name} minus A"))
     node.SetIJKToRASMatrix(slicer.util.vtkMatrixFromArray(matrixOf(output)))
     node.SetAndObserveTransformNodeID(output.GetTransformNodeID())
-    _showAt(node, -500, 500)
-    if slicer.mrmlScene.GetNodeByID(DIVERGING) is not None:
-        node.GetDisplayNode().SetAndObserveColorNodeID(DIVERGING)
+    _showAt(node, -DIFFERENCE_RANGE, DIFFERENCE_RANGE)
+    node.GetDisplayNode().SetAndObserveColorNodeID(_differenceColours().GetID())
     slicer.util.updateVolumeFromArray(node, difference)
     return node
+
+
+def _differenceColours():
+    """Blue over black to red; slice views take the opacity of a colour as all or nothing, so black it is, not nothing."""
+    node = slicer.mrmlScene.GetSingletonNode(DIFFERENCE_COLOURS, "vtkMRMLColorTableNode")
+    if node is not None:
+        return node
+    node = slicer.vtkMRMLColorTableNode()
+    node.SetName(DIFFERENCE_COLOURS)
+    node.SetSingletonTag(DIFFERENCE_COLOURS)
+    node.SetTypeToUser()
+    node.SetNumberOfColors(256)
+    for index in range(256):
+        value = (index - 127.5) / 127.5
+        strength = abs(value) ** 0.7  # small differences are to be seen, too
+        red, green, blue = (1.0, 0.3, 0.2) if value > 0 else (0.2, 0.5, 1.0)
+        node.SetColor(index, f"{value:+.2f}", strength * red, strength * green, strength * blue, 1.0)
+    return slicer.mrmlScene.AddNode(node)
 
 
 def _grey(node):

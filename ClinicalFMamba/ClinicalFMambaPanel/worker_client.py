@@ -32,6 +32,7 @@ class WorkerClient:
         self._onEvent, self._onLost, self._clock = onEvent, onLost, clock
         self._process = None
         self._ending = []  # told to end, and not yet gone: a QProcess must outlive its process
+        self._gone = []  # ended: a QProcess must also outlive its own signals
         self._pending = b""
         self._log = []
         self._hasSpoken = self._isReady = False
@@ -60,6 +61,7 @@ class WorkerClient:
         if self.isRunning:
             return
         command = [*self._makeCommand(), "--parent", str(os.getpid()), "--scratch", str(scratchFolder)]
+        self._gone.clear()
         self._pending, self._log = b"", []
         self._hasSpoken = self._isReady = False
         self._heard = self._pinged = self._clock()
@@ -74,6 +76,7 @@ class WorkerClient:
                 self._ended(reason, inOrder)
             elif process in self._ending:
                 self._ending.remove(process)
+            self._gone.append(process)
 
         process = self._makeProcess(mine(self._read), mine(self._readLog), ended)
         self._process = process

@@ -1,4 +1,4 @@
-"""The self-tests of the Slicer module, in the stand-in host: each file as Slicer runs it, in an application of its own."""
+"""The self-tests of the Slicer module in the stand-in host, each file as Slicer runs it: in its own application."""
 
 from __future__ import annotations
 
