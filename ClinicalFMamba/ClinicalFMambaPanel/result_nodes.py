@@ -208,7 +208,7 @@ def putDifference(output):
 
 
 def _differenceColours():
-    """Blue over black to red; slice views take the opacity of a colour as all or nothing, so black it is, not nothing."""
+    """Blue over black to red; black and not clear, because slice views take a colour's opacity as all or nothing."""
     node = slicer.mrmlScene.GetSingletonNode(DIFFERENCE_COLOURS, "vtkMRMLColorTableNode")
     if node is not None:
         return node
