@@ -34,6 +34,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[test]" "$(TORCH)"
+	$(BIN)/python Testing/host/libraries.py
 	touch $@
 
 clean:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import pathlib
 import sys
 import traceback
 import types
@@ -258,6 +259,9 @@ class qSlicerModuleManager(QtCore.QObject):
                 sys.path.append(folder)
         for name, path in found:
             self._load_one(name, path)
+        for folder in folders:
+            for path in sorted(pathlib.Path(folder).rglob("*.py")):
+                check_source(path)
 
     def _load_one(self, name, path):
         module = qSlicerScriptedLoadableModule(name, path)
@@ -357,7 +361,7 @@ class CommandOptions:
     def __init__(self, options):
         self.testingEnabled = options.testing
         self.noMainWindow = options.no_main_window
-        self.runPythonAndExit = options.testing or bool(options.python_code)
+        self.runPythonAndExit = options.testing or bool(options.code)
         self.pythonScript = options.python_script or ""
 
 
@@ -555,27 +559,34 @@ class qSlicerApplication(QtWidgets.QApplication):
     arch = read(str, lambda self: "amd64")
 
 
+def check_source(path):
+    for line in pythonqt.scoped_enumerators(path):
+        pythonqt.errors.append(line)
+        print(line, file=sys.stderr, flush=True)
+
+
 def run_script(path):
-    """ctkAbstractPythonManager::executeFile: in __main__, the file's folder first on sys.path. True where it passed."""
+    """ctkAbstractPythonManager::executeFile: in __main__, its folder first on sys.path. Returns the exit code."""
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
     sys.modules["__main__"].__file__ = path
+    check_source(path)
     with open(path, encoding="utf-8") as f:
         return run_code(f.read(), path)
 
 
 def run_code(text, path="<string>"):
-    """Run text in __main__. True where it passed."""
+    """Run text in __main__. Returns 0, 1 after an exception, or the code of a SystemExit."""
     try:
         exec(compile(text, path, "exec"), vars(sys.modules["__main__"]))
     except SystemExit as e:
-        return e.code in (None, 0)
+        return pythonqt.exit_code(e)
     except BaseException:
         traceback.print_exc()
-        return False
+        return 1
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-    return True
+    return 0
 
 
 def install():

@@ -7,10 +7,12 @@ it is left out on purpose: ctkSliderWidget.setRange, ctkCollapsibleButton.setCol
 import os
 import sys
 import types
+import weakref
 
 from PySide6 import QtCore, QtGui, QtWidgets
+from shiboken6 import Shiboken
 
-from .pythonqt import HostSignal, QUiLoader, emit, make_native
+from .pythonqt import HostSignal, QUiLoader, call, connect, emit, make_native, python_value
 
 _classes = {}
 
@@ -34,7 +36,7 @@ def stored(kind, name, after=None):
     """A Qt property kept in the widget's state; `after(widget)` runs where the value changed."""
 
     def get(self):
-        return getattr(self._d, name)
+        return python_value(getattr(self._d, name))
 
     def set_(self, value):
         if value != getattr(self._d, name):
@@ -61,6 +63,18 @@ def forwarded(kind, part, name, setter=None):
 def state(widget, /, **values):
     widget._d = types.SimpleNamespace(**values)
     return widget._d
+
+
+def wire(part, signal, widget, name):
+    """Connect a signal of an inner widget to a method. Held weakly: the widget ends with its last Python reference."""
+    reference = weakref.ref(widget)
+
+    def slot(*args):
+        living = reference()
+        if living is not None and Shiboken.isValid(living):
+            call(getattr(living, name), args)
+
+    connect(part, signal, slot)
 
 
 def inner(widget, margin=0):
@@ -96,7 +110,7 @@ class ctkCollapsibleButton(QtWidgets.QAbstractButton):
         self.setChecked(True)
         self.setSizePolicy(QtWidgets.QSizePolicy.Policy.Minimum, QtWidgets.QSizePolicy.Policy.Preferred)
         self.setContentsMargins(0, self._header(), 0, 0)
-        self.connect("toggled(bool)", self._collapse)
+        wire(self, "toggled(bool)", self, "_collapse")
 
     def _header(self):
         return self.fontMetrics().height() + 10
@@ -177,7 +191,7 @@ class ctkCollapsibleGroupBox(QtWidgets.QGroupBox):
         state(self, collapsedHeight=14, hidden=[], maximumHeight=self.maximumHeight)
         self.setCheckable(True)
         self.setChecked(True)
-        self.connect("toggled(bool)", self._expand)
+        wire(self, "toggled(bool)", self, "_expand")
 
     collapsed = QtCore.Property(bool, lambda self: not self.isChecked(), lambda self, v: self.setChecked(not v))
     collapsedHeight = stored(int, "collapsedHeight")
@@ -217,10 +231,10 @@ class ctkSliderWidget(QtWidgets.QWidget):
         layout.addWidget(spin)
         slider.setRange(0, 10000)
         spin.setRange(0, 99)
-        spin.connect("valueChanged(double)", self._spin_changed)
-        slider.connect("sliderMoved(int)", self._slider_moved)
-        slider.connect("sliderPressed()", self._press)
-        slider.connect("sliderReleased()", self._release)
+        wire(spin, "valueChanged(double)", self, "_spin_changed")
+        wire(slider, "sliderMoved(int)", self, "_slider_moved")
+        wire(slider, "sliderPressed()", self, "_press")
+        wire(slider, "sliderReleased()", self, "_release")
 
     def _slider_moved(self, position):
         low, high = self._d.spin.minimum, self._d.spin.maximum
@@ -309,9 +323,9 @@ class ctkDoubleSlider(QtWidgets.QWidget):
         d.handleToolTip, d.invertedAppearance, d.invertedControls = "", False, False
         inner(self).addWidget(slider)
         slider.setRange(0, 10000)
-        slider.connect("sliderMoved(int)", self._moved)
-        slider.connect("sliderPressed()", self.sliderPressed.emit)
-        slider.connect("sliderReleased()", self.sliderReleased.emit)
+        wire(slider, "sliderMoved(int)", self, "_moved")
+        wire(slider, "sliderPressed()", self, "sliderPressed")
+        wire(slider, "sliderReleased()", self, "sliderReleased")
 
     def _moved(self, position):
         d = self._d
@@ -369,8 +383,8 @@ class ctkDoubleSpinBox(QtWidgets.QWidget):
         d = state(self, spin=spin)
         d.decimalsOption, d.setMode, d.invertedControls, d.sizeHintPolicy = 0, 1, False, 0
         inner(self).addWidget(spin)
-        spin.connect("valueChanged(double)", self._changed)
-        spin.connect("editingFinished()", self.editingFinished.emit)
+        wire(spin, "valueChanged(double)", self, "_changed")
+        wire(spin, "editingFinished()", self, "editingFinished")
 
     def _changed(self, value):
         emit(self, "valueChanged(double)", value)
@@ -466,8 +480,8 @@ class ctkRangeWidget(QtWidgets.QWidget):
         for w in (lowSpin, d.bar, highSpin):
             layout.addWidget(w)
         self._show()
-        lowSpin.connect("valueChanged(double)", self.setMinimumValue)
-        highSpin.connect("valueChanged(double)", self.setMaximumValue)
+        wire(lowSpin, "valueChanged(double)", self, "setMinimumValue")
+        wire(highSpin, "valueChanged(double)", self, "setMaximumValue")
 
     def _show(self):
         d = self._d
@@ -573,8 +587,8 @@ class ctkPathLineEdit(QtWidgets.QWidget):
         layout = inner(self)
         layout.addWidget(combo)
         layout.addWidget(button)
-        combo.lineEdit().connect("textChanged(QString)", self._changed)
-        button.connect("clicked()", self.browse)
+        wire(combo.lineEdit(), "textChanged(QString)", self, "_changed")
+        wire(button, "clicked()", self, "browse")
 
     def _acceptable(self, path):
         # CTK's validator: the path has to exist, and be a directory where files are not asked for.
@@ -641,7 +655,7 @@ class ctkDirectoryButton(QtWidgets.QWidget):
             self, button=QtWidgets.QPushButton("."), directory=os.getcwd(), caption="", text="", options=1, acceptMode=0
         )
         inner(self).addWidget(self._d.button)
-        self._d.button.connect("clicked()", self.browse)
+        wire(self._d.button, "clicked()", self, "browse")
 
     def _set_directory(self, path):
         path = os.path.abspath(path)

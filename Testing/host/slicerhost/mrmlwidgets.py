@@ -18,6 +18,7 @@ from .ctkwidgets import (
     stand_in,
     state,
     stored,
+    wire,
 )
 from .pythonqt import HostSignal, emit
 
@@ -145,8 +146,7 @@ def warn(text):
 class qMRMLNodeComboBox(QtWidgets.QWidget):
     """Selector of a node of the scene.
 
-    The rows are None (where allowed), the nodes in the order of the scene, and the actions, in a real QComboBox, so
-    that which row becomes current after an insertion or a removal is Qt's decision, as in Slicer.
+    The rows of the inner combo box are None (where allowed), the nodes in the order of the scene, and the actions.
     """
 
     currentNodeChanged = HostSignal("currentNodeChanged(vtkMRMLNode*)", "currentNodeChanged(bool)")
@@ -171,8 +171,8 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):
         d.requestedID, d.requestedNode = "", None
         inner(self).addWidget(combo)
         self.setSizePolicy(QtWidgets.QSizePolicy.Policy.Preferred, QtWidgets.QSizePolicy.Policy.Fixed)
-        combo.connect("currentIndexChanged(int)", self._emit_current)
-        combo.connect("activated(int)", self._activated)
+        wire(combo, "currentIndexChanged(int)", self, "_emit_current")
+        wire(combo, "activated(int)", self, "_activated")
         self._update_text()
         self.setEnabled(False)
 
@@ -214,7 +214,8 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):
     def _rebuild(self, current=None):
         """Fill the rows anew and keep the current node; one signal where it changed."""
         d, combo = self._d, self._d.combo
-        before = self.currentNodeID if current is None else current
+        # By the row, not by the node: a scene that was closed has no node any more.
+        before = (combo.itemData(combo.currentIndex, _NODE_ROLE) or "") if current is None else current
         was, d.switching = d.switching, True
         blocked = combo.blockSignals(True)
         combo.clear()
@@ -302,7 +303,18 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):
         row = self._row(node.GetID())
         if row is not None:
             emit(self, "nodeAboutToBeRemoved(vtkMRMLNode*)", node)
-            self._d.combo.removeItem(row)
+            self._remove_row(row)
+
+    def _remove_row(self, row):
+        """As QComboBox of Qt 5: the row above the current one follows it. Qt 6 takes the row below."""
+        combo = self._d.combo
+        before = combo.currentIndex
+        blocked = combo.blockSignals(True)
+        combo.removeItem(row)
+        combo.setCurrentIndex(before - 1 if row <= before else before)
+        combo.blockSignals(blocked)
+        if row <= before:
+            self._emit_current()
 
     def _scene_updated(self, _):
         self._drop_node_observers()
@@ -530,7 +542,7 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):
 
     currentNodeID = QtCore.Property(str, _current_id, setCurrentNodeID)
     currentNodeId = QtCore.Property(str, _current_id, setCurrentNodeID)
-    nodeTypes = QtCore.Property("QStringList", lambda self: self._d.nodeTypes, _set_node_types)
+    nodeTypes = QtCore.Property("QStringList", lambda self: tuple(self._d.nodeTypes), _set_node_types)
     baseName = QtCore.Property(str, _base_name, _set_base_name)
     showHidden = stored(bool, "showHidden", _rebuild)
     showChildNodeTypes = stored(bool, "showChildNodeTypes", _rebuild)

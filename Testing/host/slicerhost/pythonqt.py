@@ -6,6 +6,8 @@ PySide6 can fail in Slicer. The rules below follow PythonQtInstanceWrapper.cpp, 
 PythonQtConversion.cpp of the PythonQt that Slicer builds (github.com/commontk/PythonQt).
 """
 
+import ast
+import enum
 import os
 import sys
 import traceback
@@ -37,14 +39,20 @@ _connections = {}  # (address of the C++ object, signature) -> [(callable, tramp
 errors = []  # exceptions raised inside slots and virtual calls: they make the exit code 1 under --testing
 
 
+def exit_code(system_exit):
+    """The code of a SystemExit; a message is printed and is 1."""
+    code = system_exit.code
+    if code is None or isinstance(code, int):
+        return code or 0
+    print(code, file=sys.stderr, flush=True)
+    return 1
+
+
 def handle_error():
     """Print the current exception and remember it, as PythonQt does for whatever Qt calls."""
     kind, value, tb = sys.exc_info()
     if isinstance(value, SystemExit):
-        app = QtCore.QCoreApplication.instance()
-        code = 0 if value.code is None else value.code if isinstance(value.code, int) else 1
-        errors.append(value)
-        app.exit(code)
+        QtCore.QCoreApplication.instance().exit(exit_code(value))
         return
     errors.append(value)
     traceback.print_exception(kind, value, tb)
@@ -532,6 +540,26 @@ def _classes():
             value = getattr(module, name)
             if isinstance(value, type) and not name.startswith("_") and name not in _NOT_IN_PYTHONQT:
                 yield name, value
+
+
+def scoped_enumerators(path):
+    """Lines that say qt.QMessageBox.StandardButton.Ok: PythonQt's enumerations have no members, PySide6's do."""
+    qt = sys.modules["qt"]
+    with open(path, encoding="utf-8") as f:
+        tree = ast.parse(f.read(), path)
+    found = []
+    for node in ast.walk(tree):
+        names = []
+        part = node
+        while isinstance(part, ast.Attribute):
+            names.insert(0, part.attr)
+            part = part.value
+        if len(names) == 3 and isinstance(part, ast.Name) and part.id == "qt":
+            owner = getattr(getattr(qt, names[0], None), names[1], None)
+            if isinstance(owner, enum.EnumMeta):
+                short = f"qt.{names[0]}.{names[2]}"
+                found.append(f"{path}:{node.lineno}: qt.{'.'.join(names)} fails in Slicer: write {short}")
+    return found
 
 
 def install():

@@ -22,6 +22,7 @@ def _parser():
     parser.add_argument("--additional-module-paths", dest="paths", action="extend", nargs="+", metavar="DIR")
     parser.add_argument("--python-script", metavar="FILE")
     parser.add_argument("--python-code", metavar="CODE")
+    parser.add_argument("-c", dest="code", metavar="CODE", help="run the code and end")
     parser.add_argument("--no-main-window", action="store_true")
     parser.add_argument("--exit-after-startup", action="store_true")
     for ignored in ("no-splash", "disable-cli-modules", "disable-settings", "ignore-slicerrc", "disable-tooltips"):
@@ -57,7 +58,8 @@ def _message(kind, context, text):
 
 
 def main(argv=None):
-    options = _parser().parse_args(argv)
+    options, rest = _parser().parse_known_args(argv)
+    sys.argv = [options.python_script or "", *rest]
     options.program = "Slicer"
     for path in options.paths:
         if not os.path.isdir(path):
@@ -122,16 +124,16 @@ def _run(options, home):
 
 def _script(options, app, application, pythonqt):
     """Startup is complete once the event loop runs; the script is run from it, as in Slicer."""
-    passed = []
+    codes = []
 
     def run():
         pythonqt.emit(app, "startupCompleted()")
         if options.python_script and not os.path.isfile(options.python_script):
             print(f"Specified python script doesn't exist: {options.python_script}", file=sys.stderr)
         elif options.python_script:
-            passed.append(application.run_script(options.python_script))
-        if options.python_code:
-            passed.append(application.run_code(options.python_code))
+            codes.append(application.run_script(options.python_script))
+        if options.python_code or options.code:
+            codes.append(application.run_code(options.python_code or options.code))
         if app._d.options.runPythonAndExit or options.exit_after_startup:
             app.exit(app._d.exitCode)
 
@@ -142,7 +144,7 @@ def _script(options, app, application, pythonqt):
     timer.connect("timeout()", run)
     timer.start(0)
     app.exec_()
-    return 0 if all(passed) else 1
+    return next((code for code in codes if code), 0)
 
 
 def _end(app):
