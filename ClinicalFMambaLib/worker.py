@@ -561,6 +561,10 @@ def make_engine() -> Setup:
         return Setup(None, torch, device, problem, models)
     from .inference.engine import FusionEngine
 
+    with contextlib.suppress(ImportError):
+        # Now and not with the first result, whose user is waiting.
+        from .evaluation import metrics  # noqa: F401
+
     return Setup(FusionEngine(), torch, device, "", models)
 
 

@@ -138,7 +138,6 @@ class FusionTest(unittest.TestCase):
     def test_overhead_and_event_loop(self):
         """Warm, 128³: the click costs at most half a second more than the engine, and the panel never freezes."""
         self.choose("T1", "CT", size=128)
-        self.p.measure = False
         self.fuse()  # warm
         outcomes = Outcomes(self.logic)
 
