@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The same build everywhere, so that results can be compared; users get the range of pyproject.toml.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint screenshots clean
 
 demo: $(VENV)/.demo
 	$(BIN)/clinicalfmamba demo -o demo-output
@@ -13,6 +13,10 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest
+
+# Pictures of the panel, for the README and the extension's page; look at them.
+screenshots: $(VENV)/.test
+	$(BIN)/python Testing/host --testing --additional-module-paths ClinicalFMamba --python-script Testing/Python/screenshots.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -3,10 +3,12 @@
 Requests come on stdin and events leave on stdout, one JSON object a line in UTF-8; logs go to stderr. Volumes travel in
 .npy files. The engine, and with it the model, stays in memory from one request to the next.
 
-Requests: ``fuse`` (id, a, b, options, output, metrics), ``cancel`` (id), ``ping``, ``quit``. Events: ``starting`` at
-once, ``ready`` when torch has been imported, ``pong``, and for each fuse request ``progress`` and then exactly one of
-``result``, ``error`` and ``cancelled``. The worker ends when stdin ends, on ``quit``, when its parent is gone, or after
-some idle minutes.
+Requests: ``fuse`` (id, a, b, options, output, metrics, classify), ``cancel`` (id), ``ping``, ``quit``. Events:
+``starting`` at once, ``ready`` when torch has been imported, ``pong``, and for each fuse request ``progress`` and then
+exactly one of ``result``, ``error`` and ``cancelled``. ``ready`` says what there is: models, classifiers (or why there
+is none), the device. The worker ends when stdin ends, on ``quit``, when its parent is gone, or after some idle minutes.
+
+``classification`` of a result is null, or ``{"model", "probabilities": [{"label", "probability"}], "note"}``.
 
 This module itself imports the standard library only: without torch it still starts, and says what is missing.
 """
@@ -21,6 +23,7 @@ import logging
 import math
 import os
 import queue
+import shutil
 import signal
 import sys
 import threading
@@ -59,9 +62,11 @@ class Setup:
     Attributes:
         engine: has ``fuse`` of :class:`.inference.engine.FusionEngine`; None when something is missing.
         torch: version, or None.
-        device: ``{"name", "reason"}``, or None.
+        device: ``{"name", "reason", "free_gib"}``, or None; free_gib is None where the system does not say.
         problem: what is missing and what to do, one sentence, or ``""``.
         models: bundled models, ``{"name", "modalities", "dimension"}`` each.
+        classifiers: bundled tumour classifiers, ``{"name", "labels"}`` each.
+        classifier_problem: why there is no classifier, one sentence, or ``""``.
     """
 
     engine: Any = None
@@ -69,6 +74,8 @@ class Setup:
     device: dict | None = None
     problem: str = ""
     models: tuple[dict, ...] = ()
+    classifiers: tuple[dict, ...] = ()
+    classifier_problem: str = "no tumour classifier is bundled with this version"
 
 
 class Worker:
@@ -105,7 +112,8 @@ class Worker:
 
     def run(self) -> str:
         """Serve; returns why it ended: ``"stopped"`` or ``"idle"``."""
-        self._send({"event": "starting"})
+        # The process that starts the worker may be a launcher, whose end would leave this one running.
+        self._send({"event": "starting", "pid": os.getpid()})
         threading.Thread(target=self._read, name="requests", daemon=True).start()
         self._setup = self._set_up()
         described = {field.name: getattr(self._setup, field.name) for field in dataclasses.fields(Setup)}
@@ -230,6 +238,9 @@ class Worker:
         options, output, measure = _options(request.get("options")), _output(request), request.get("metrics", False)
         if not isinstance(measure, bool):
             raise InputError(f"metrics must be true or false, not {_short(measure)}")
+        if request.get("classify"):
+            # Here, and not after minutes of fusing.
+            raise InputError(f"a classification was asked for, but {self._setup.classifier_problem}")
         a, b = (_read_volume(request.get(key), key, output) for key in ("a", "b"))
 
         share = 0.9 if measure else 0.98
@@ -537,17 +548,22 @@ def make_engine() -> Setup:
     )
     torch, device, problem = None, None, ""
     if NEEDED["torch"] not in missing:
-        from .inference.device import choose_device
+        from .inference.device import GIB, choose_device, free_memory
 
         torch = str(sys.modules["torch"].__version__)
         chosen, reason = choose_device()
-        device = {"name": str(chosen), "reason": reason}
+        free = free_memory(chosen)
+        device = {"name": str(chosen), "reason": reason, "free_gib": None if free is None else round(free / GIB, 1)}
     if missing:
         wanted = " ".join(f"'{package}'" if ">" in package else package for package in missing)
         problem = f"fusing needs {', '.join(missing)}, which cannot be imported ({'; '.join(reasons)}); "
         problem += f"install with: pip install {wanted}"
         return Setup(None, torch, device, problem, models)
     from .inference.engine import FusionEngine
+
+    with contextlib.suppress(ImportError):
+        # Now and not with the first result, whose user is waiting.
+        from .evaluation import metrics  # noqa: F401
 
     return Setup(FusionEngine(), torch, device, "", models)
 
@@ -647,6 +663,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ClinicalFMambaLib.worker", description=__doc__.split("\n")[0])
     parser.add_argument("--idle-minutes", type=float, default=IDLE_MINUTES, help="end after this time without requests")
     parser.add_argument("--parent", type=int, metavar="PID", help="end when this process is gone")
+    parser.add_argument("--scratch", metavar="DIR", help="folder of the parent's volumes, deleted when it is gone")
     arguments = parser.parse_args(argv)
 
     requests, events = _take_over_pipes()
@@ -667,6 +684,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         def watch() -> None:
             while not is_gone():
                 time.sleep(1)
+            if arguments.scratch:
+                # A crash of Slicer leaves no patient's volumes behind.
+                shutil.rmtree(arguments.scratch, ignore_errors=True)
             worker.stop("the parent process is gone")
 
         threading.Thread(target=watch, name="parent", daemon=True).start()

@@ -142,7 +142,7 @@ END = ("result", "error", "cancelled")
 
 
 def test_starting_then_ready(panel):
-    assert panel.next() == {"event": "starting"}
+    assert panel.next() == {"event": "starting", "pid": os.getpid()}
     ready = panel.next()
     assert ready == {
         "event": "ready",
@@ -152,7 +152,17 @@ def test_starting_then_ready(panel):
         "device": {"name": "cpu", "reason": "no CUDA GPU found"},
         "problem": "",
         "models": [],
+        "classifiers": [],
+        "classifier_problem": "no tumour classifier is bundled with this version",
     }
+
+
+def test_classification_is_refused_at_once_without_a_classifier(panel, engine, fuse):
+    panel.send(fuse(classify="auto"))
+    error = panel.wait(*END)
+    assert (error["event"], error["kind"]) == ("error", "InputError")
+    assert "no tumour classifier is bundled" in error["message"]
+    assert engine.calls == []
 
 
 def test_progress_and_result(panel, engine, fuse, tmp_path):
@@ -662,7 +672,8 @@ def test_fuse_twice_then_cancel_and_end(tmp_path, fuse, weights):
     options = {"model": weights, "device": "cpu"}
     with Process(tmp_path, "--parent", str(os.getpid())) as worker:
         ready, before = worker.wait("ready")
-        assert before == [{"event": "starting"}]
+        assert [event["event"] for event in before] == ["starting"]
+        assert before[0]["pid"] == worker.process.pid
         assert (ready["pid"], ready["problem"]) == (worker.process.pid, "")
         assert ready["torch"] and ready["device"]["name"] and ready["device"]["reason"]
 

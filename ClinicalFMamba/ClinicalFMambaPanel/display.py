@@ -1,0 +1,94 @@
+"""What the slice views show."""
+
+import qt
+import slicer
+
+COMPARE_LAYOUT = 52508  # Slicer's own are below 1000
+COMPARE_VIEWS = ("ClinicalFMambaA", "ClinicalFMambaFused", "ClinicalFMambaB")
+_LAYOUT_BEFORE = "ClinicalFMamba.layoutBefore"
+_COLOURS = ("#4c8bd6", "#e0a030", "#58a55c")
+
+
+def _layout():
+    items = "".join(
+        f"""
+  <item><view class="vtkMRMLSliceNode" singletontag="{name}">
+    <property name="orientation" action="default">Axial</property>
+    <property name="viewlabel" action="default">{label}</property>
+    <property name="viewcolor" action="default">{colour}</property>
+    <property name="viewgroup" action="default">1</property>
+  </view></item>"""
+        for name, label, colour in zip(COMPARE_VIEWS, ("A", "A+B", "B"), _COLOURS)
+    )
+    return f'<layout type="horizontal" split="true">{items}\n</layout>'
+
+
+def isComparing():
+    """Whether the side-by-side views are shown."""
+    manager = slicer.app.layoutManager()
+    return manager is not None and manager.layoutLogic().GetLayoutNode().GetViewArrangement() == COMPARE_LAYOUT
+
+
+def showAlone(node):
+    """Nothing but this volume in the slice views, except for those that compare."""
+    _show(node, None, 1.0)
+
+
+def showOver(background, foreground, opacity):
+    """One volume over another; by alpha blending, which is the only mode that is right for all volumes."""
+    _show(background, foreground, opacity)
+
+
+def _show(background, foreground, opacity):
+    for composite in slicer.util.getNodesByClass("vtkMRMLSliceCompositeNode"):
+        if composite.GetLayoutName() in COMPARE_VIEWS:
+            continue
+        composite.SetBackgroundVolumeID(background.GetID())
+        composite.SetForegroundVolumeID(foreground.GetID() if foreground is not None else None)
+        composite.SetForegroundOpacity(opacity)
+        composite.SetLabelVolumeID(None)
+        composite.SetCompositing(composite.Alpha)
+    slicer.util.setSliceViewerLayers(fit=True)
+
+
+def leaveComparison():
+    """Back to the layout that the user had before the side-by-side views."""
+    if isComparing():
+        manager = slicer.app.layoutManager()
+        before = manager.layoutLogic().GetLayoutNode().GetAttribute(_LAYOUT_BEFORE)
+        manager.setLayout(int(before or slicer.vtkMRMLLayoutNode.SlicerLayoutFourUpView))
+
+
+def compare(*nodes):
+    """One slice view for each volume, side by side and linked; the user's own views keep what they show."""
+    manager = slicer.app.layoutManager()
+    if manager is None:  # started without a main window
+        return
+    layoutNode = manager.layoutLogic().GetLayoutNode()
+    if not isComparing():
+        layoutNode.SetAttribute(_LAYOUT_BEFORE, str(layoutNode.GetViewArrangement()))
+    if not layoutNode.IsLayoutDescription(COMPARE_LAYOUT):
+        layoutNode.AddLayoutDescription(COMPARE_LAYOUT, _layout())
+    manager.setLayout(COMPARE_LAYOUT)
+    composites = [slicer.mrmlScene.GetSingletonNode(name, "vtkMRMLSliceCompositeNode") for name in COMPARE_VIEWS]
+    for composite, node in zip(composites, nodes):
+        # Linked already, each volume put into one view would go into all of them.
+        composite.SetLinkedControl(0)
+        composite.SetBackgroundVolumeID(node.GetID())
+        composite.SetForegroundVolumeID(None)
+        composite.SetLabelVolumeID(None)
+    for name in COMPARE_VIEWS:
+        # Slices along A's own axes, however it lies.
+        manager.sliceWidget(name).mrmlSliceNode().RotateToVolumePlane(nodes[0])
+    for composite in composites:
+        composite.SetLinkedControl(1)
+        composite.SetHotLinkedControl(1)
+    _fitCompared()
+    # And when the views have got their place on the screen.
+    qt.QTimer.singleShot(100, _fitCompared)
+
+
+def _fitCompared():
+    if isComparing():
+        for name in COMPARE_VIEWS:
+            slicer.app.layoutManager().sliceWidget(name).sliceLogic().FitSliceToBackground()

@@ -1,0 +1,158 @@
+"""The Python packages that fusing needs, and installing them after one question.
+
+torch comes through the PyTorch extension, which picks the build for the machine's GPU; the rest through Slicer's pip.
+What Slicer was built with (numpy, SimpleITK, …) is never changed: a replaced SimpleITK keeps Slicer from starting.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.metadata
+import logging
+import re
+import tempfile
+from pathlib import Path
+
+import slicer
+from slicer.i18n import tr as _
+
+# Whatever a package asks for, pip leaves these alone.
+FROZEN = ("numpy", "SimpleITK", "scipy", "requests", "vtk", "pydicom", "pillow")
+
+
+@dataclasses.dataclass(frozen=True)
+class Requirement:
+    """A package: its name, the lowest version that will do, what its download takes, what it is for."""
+
+    name: str
+    minimum: str
+    size: str
+    purpose: str
+
+    def __str__(self):
+        return f"{self.name}>={self.minimum}"
+
+    @property
+    def isMet(self):
+        # Importing torch takes seconds and, in a broken installation, may end Slicer.
+        try:
+            installed = importlib.metadata.version(self.name)
+        except importlib.metadata.PackageNotFoundError:
+            return False
+        return _numbers(installed) >= _numbers(self.minimum)
+
+
+def _numbers(version):
+    return tuple(int(number) for number in re.findall(r"\d+", version.split("+")[0])[:2])
+
+
+TORCH = Requirement("torch", "2.4", "0.2 to 3 GB", "PyTorch, runs the network")
+SAFETENSORS = Requirement("safetensors", "0.4", "0.5 MB", "reads the network's weights")
+
+
+class InstallationError(RuntimeError):
+    """Something could not be installed; the message says what and what to do."""
+
+
+class Requirements:
+    """What is there, and how to get the rest.
+
+    Args:
+        requirements: all that fusing needs.
+        installTorch: takes a version requirement such as ``">=2.4"``; returns None when it was declined.
+        pipInstall: takes the arguments of ``pip install`` as one text.
+        confirm: asks a question, returns whether the answer was yes.
+    """
+
+    def __init__(self, requirements=(TORCH, SAFETENSORS), installTorch=None, pipInstall=None, confirm=None):
+        self._requirements = requirements
+        self._installTorch = installTorch or _installTorchByExtension
+        self._pipInstall = pipInstall or slicer.util.pip_install
+        self._confirm = confirm or slicer.util.confirmOkCancelDisplay
+
+    def missing(self):
+        """The requirements that are not met; nothing is imported, nothing asked from the network."""
+        return [requirement for requirement in self._requirements if not requirement.isMet]
+
+    def describeMissing(self):
+        """One sentence, or ``""``."""
+        names = [str(requirement) for requirement in self.missing()]
+        return _("Not installed yet: {names}").format(names=", ".join(names)) if names else ""
+
+    def ensure(self):
+        """Install what is missing after one question that lists all of it; whether everything is there now.
+
+        Raises:
+            InstallationError: it was agreed to and failed.
+        """
+        missing = self.missing()
+        if not missing:
+            return True
+        lines = "\n".join(f"  •  {r} ({r.purpose}, {r.size})" for r in missing)
+        question = _(
+            "ClinicalFMamba needs Python packages that are not installed yet:\n\n{packages}\n\n"
+            "They are downloaded from pypi.org or pytorch.org once and kept in Slicer's own folder; "
+            "no image leaves this computer. Install them now?"
+        ).format(packages=lines)
+        if not self._confirm(question, windowTitle=_("ClinicalFMamba set-up")):
+            logging.info("ClinicalFMamba: the installation was declined")
+            return False
+        for requirement in missing:
+            self._install(requirement)
+        importlib.invalidate_caches()
+        left = ", ".join(str(requirement) for requirement in self.missing())
+        if left:
+            raise InstallationError(
+                _("{names} still missing after the installation; restart Slicer").format(names=left)
+            )
+        return True
+
+    def _install(self, requirement):
+        try:
+            if requirement.name == "torch":
+                if self._installTorch(f">={requirement.minimum}") is None:
+                    raise InstallationError(_("the PyTorch extension did not install torch"))
+            else:
+                with _constraints() as path:
+                    self._pipInstall(f'"{requirement}" --constraint "{path}"')
+        except InstallationError:
+            raise
+        except Exception as error:
+            raise InstallationError(
+                _("{name} could not be installed ({error}); check the internet connection and Slicer's log").format(
+                    name=requirement.name, error=" ".join(str(error).split())
+                )
+            ) from error
+
+
+class _constraints:
+    """A file that pins what pip must not change; a context manager."""
+
+    def __enter__(self):
+        self._folder = tempfile.TemporaryDirectory()
+        lines = []
+        for name in FROZEN:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                lines.append(f"{name}=={importlib.metadata.version(name)}")
+        path = Path(self._folder.name) / "constraints.txt"
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return path.as_posix()
+
+    def __exit__(self, *_exception):
+        self._folder.cleanup()
+
+
+def _installTorchByExtension(versionRequirement):
+    try:
+        import PyTorchUtils
+    except ImportError as error:
+        raise InstallationError(
+            _(
+                "the extension PyTorch is missing: install it with the Extensions Manager, restart Slicer and click "
+                "Fuse again"
+            )
+        ) from error
+    # The question has been asked.
+    return PyTorchUtils.PyTorchUtilsLogic().installTorch(
+        askConfirmation=False, torchVersionRequirement=versionRequirement
+    )

@@ -1,0 +1,260 @@
+"""The worker's answer as nodes: the fused volume and, tied to it by references, tables and the provenance."""
+
+import dataclasses
+import json
+
+import numpy as np
+import slicer
+import vtk
+from slicer.i18n import tr as _
+
+from .volume_nodes import isColour, matrixOf
+
+VOLUME_A, VOLUME_B = "clinicalFMambaVolumeA", "clinicalFMambaVolumeB"
+PROVENANCE, METRICS = "clinicalFMambaProvenance", "clinicalFMambaMetrics"
+CLASSIFICATION, DIFFERENCE = "clinicalFMambaClassification", "clinicalFMambaDifference"
+GREY = "vtkMRMLColorTableNodeGrey"
+DIFFERENCE_COLOURS = "ClinicalFMambaDifference"
+DIFFERENCE_RANGE = 500  # thousandths of black to white
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where A was when the fusion began: the result belongs there, wherever A has gone since."""
+
+    ijkToRas: np.ndarray
+    parentId: str
+
+    @classmethod
+    def of(cls, node):
+        return cls(matrixOf(node), node.GetTransformNodeID() or "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What belongs to a fused volume; None where there is none.
+
+    Attributes:
+        provenance: dictionary, or None where the node is no result of this module.
+        metrics: (name, value) pairs.
+        classification: (label, probability) pairs.
+        metricsNote, classificationNote: how they came about, in words.
+    """
+
+    provenance: dict | None = None
+    metrics: tuple = ()
+    metricsNote: str = ""
+    classification: tuple = ()
+    classificationNote: str = ""
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def putVolume(output, image, place, nodeA, event, name):
+    """Create or update the fused volume; returns it. Nothing of the scene is changed before it cannot fail any more."""
+    scene = slicer.mrmlScene
+    if output is None:
+        output = scene.AddNewNodeByClass(
+            "vtkMRMLVectorVolumeNode" if event["colour"] else "vtkMRMLScalarVolumeNode", name
+        )
+    wasModifying = output.StartModify()
+    output.SetIJKToRASMatrix(slicer.util.vtkMatrixFromArray(place.ijkToRas))
+    parent = scene.GetNodeByID(place.parentId) if place.parentId else None
+    output.SetAndObserveTransformNodeID(parent.GetID() if parent is not None else None)
+    _showAt(output, *event["display_range"])
+    output.SetAndObserveImageData(image)
+    for key, value in _headerOf(event["provenance"]).items():
+        output.SetAttribute(f"ClinicalFMamba.{key}", value)
+    output.EndModify(wasModifying)
+    _placeBeside(output, nodeA)
+    return output
+
+
+def _showAt(node, low, high):
+    """Window and colours before the voxels: else Slicer computes an automatic window of its own."""
+    node.CreateDefaultDisplayNodes()
+    display = node.GetDisplayNode()
+    if display is None:
+        return
+    if hasattr(display, "SetAndObserveColorNodeID") and not node.IsA("vtkMRMLVectorVolumeNode"):
+        display.SetAndObserveColorNodeID(GREY)
+    display.AutoWindowLevelOff()
+    display.SetWindowLevelMinMax(low, high)
+
+
+def _headerOf(provenance):
+    """What is worth a line in the header of a file."""
+    inputs = provenance.get("inputs", {})
+    return {
+        "notice": str(provenance.get("notice", "")),
+        "model": str(provenance.get("model", {}).get("name", "")),
+        "modelSha256": str(provenance.get("model", {}).get("sha256", "")),
+        "scale": str(provenance.get("output", {}).get("scale", "")),
+        "inputA": str(inputs.get("a", {}).get("name", "")),
+        "inputB": str(inputs.get("b", {}).get("name", "")),
+    }
+
+
+def _placeBeside(output, nodeA):
+    """Beside A in the subject hierarchy; the series' own tags that DICOM export would otherwise invent are A's."""
+    hierarchy = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(slicer.mrmlScene)
+    if hierarchy is None or nodeA is None or nodeA.GetScene() is None:
+        return
+    itemA = hierarchy.GetItemByDataNode(nodeA)
+    item = hierarchy.GetItemByDataNode(output) or hierarchy.CreateItem(hierarchy.GetSceneItemID(), output)
+    if not itemA or not item:
+        return
+    hierarchy.SetItemParent(item, hierarchy.GetItemParent(itemA))
+    constants = slicer.vtkMRMLSubjectHierarchyConstants
+    for attribute in (
+        constants.GetDICOMSeriesModalityAttributeName(),
+        constants.GetDICOMFrameOfReferenceUIDAttributeName(),
+    ):
+        value = hierarchy.GetItemAttribute(itemA, attribute)
+        if value:
+            hierarchy.SetItemAttribute(item, attribute, value)
+    prefix = constants.GetDICOMAttributePrefix()
+    hierarchy.SetItemAttribute(item, prefix + "SeriesDescription", f"{output.GetName()} (ClinicalFMamba)")
+
+
+def putResults(output, nodeA, nodeB, event):
+    """Create or update what belongs to ``output``: provenance, metrics, classification, references to the sources."""
+    output.SetNodeReferenceID(VOLUME_A, nodeA.GetID())
+    output.SetNodeReferenceID(VOLUME_B, nodeB.GetID())
+    text = _companion(output, PROVENANCE, "vtkMRMLTextNode", _("{name} provenance"))
+    text.SetText(json.dumps(event["provenance"], indent=2, ensure_ascii=False))
+    metrics = event.get("metrics") or {}
+    note = event.get("metrics_note") or ""
+    if metrics or note:
+        table = _companion(output, METRICS, "vtkMRMLTableNode", _("{name} metrics"))
+        _fill(table, _("Metric"), _("Value"), metrics.items(), note)
+    else:
+        _removeCompanion(output, METRICS)
+    classification = event.get("classification")
+    if classification:
+        table = _companion(output, CLASSIFICATION, "vtkMRMLTableNode", _("{name} tumour classification"))
+        rows = [(row["label"], row["probability"]) for row in classification["probabilities"]]
+        notes = (classification.get("model"), classification.get("note"))
+        _fill(table, _("Class"), _("Probability"), rows, "; ".join(filter(None, notes)))
+    else:
+        _removeCompanion(output, CLASSIFICATION)
+    # It shows another result.
+    _removeCompanion(output, DIFFERENCE)
+
+
+def _companion(output, role, className, name):
+    node = output.GetNodeReference(role)
+    if node is None:
+        node = slicer.mrmlScene.AddNewNodeByClass(className, name.format(name=output.GetName()))
+        output.SetNodeReferenceID(role, node.GetID())
+    hierarchy = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(slicer.mrmlScene)
+    if hierarchy is not None:
+        item, itemOfOutput = hierarchy.GetItemByDataNode(node), hierarchy.GetItemByDataNode(output)
+        if item and itemOfOutput:
+            hierarchy.SetItemParent(item, hierarchy.GetItemParent(itemOfOutput))
+    return node
+
+
+def _removeCompanion(output, role):
+    node = output.GetNodeReference(role)
+    if node is not None:
+        slicer.mrmlScene.RemoveNode(node)
+        output.SetNodeReferenceID(role, None)
+
+
+def _fill(table, first, second, rows, note):
+    names, values = vtk.vtkStringArray(), vtk.vtkDoubleArray()
+    names.SetName(first)
+    values.SetName(second)
+    for name, value in rows:
+        names.InsertNextValue(str(name))
+        values.InsertNextValue(float(value))
+    wasModifying = table.StartModify()
+    table.RemoveAllColumns()
+    table.AddColumn(names)
+    table.AddColumn(values)
+    table.SetAttribute("ClinicalFMamba.note", note)
+    table.EndModify(wasModifying)
+
+
+def putDifference(output):
+    """Create or update the volume of the fused intensities minus A's in its window, both from 0 to 1; returns it.
+
+    Raises:
+        ValueError: the node is no result, or A is gone or has changed its grid.
+    """
+    results = resultsOf(output)
+    nodeA = output.GetNodeReference(VOLUME_A)
+    if results.provenance is None:
+        raise ValueError(_("{name} is no result of ClinicalFMamba").format(name=output.GetName()))
+    if nodeA is None or nodeA.GetImageData() is None:
+        raise ValueError(_("volume A of {name} is no longer in the scene").format(name=output.GetName()))
+    if nodeA.GetImageData().GetDimensions() != output.GetImageData().GetDimensions():
+        raise ValueError(_("{name} has changed since the fusion; fuse again").format(name=nodeA.GetName()))
+    window = results.provenance["inputs"]["a"]["window"]
+    low, high = float(window["low"]), float(window["high"])
+    fused = _grey(output) / np.float32(255 if isColour(output) else 1000)
+    a = np.clip((_grey(nodeA) - np.float32(low)) / np.float32(high - low), 0, 1)
+    difference = np.rint(1000 * (fused - np.nan_to_num(a))).astype(np.int16)
+
+    node = _companion(output, DIFFERENCE, "vtkMRMLScalarVolumeNode", _("{name} minus A"))
+    node.SetIJKToRASMatrix(slicer.util.vtkMatrixFromArray(matrixOf(output)))
+    node.SetAndObserveTransformNodeID(output.GetTransformNodeID())
+    _showAt(node, -DIFFERENCE_RANGE, DIFFERENCE_RANGE)
+    node.GetDisplayNode().SetAndObserveColorNodeID(_differenceColours().GetID())
+    slicer.util.updateVolumeFromArray(node, difference)
+    return node
+
+
+def _differenceColours():
+    """Blue over black to red; black and not clear, because slice views take a colour's opacity as all or nothing."""
+    node = slicer.mrmlScene.GetSingletonNode(DIFFERENCE_COLOURS, "vtkMRMLColorTableNode")
+    if node is not None:
+        return node
+    node = slicer.vtkMRMLColorTableNode()
+    node.SetName(DIFFERENCE_COLOURS)
+    node.SetSingletonTag(DIFFERENCE_COLOURS)
+    node.SetTypeToUser()
+    node.SetNumberOfColors(256)
+    for index in range(256):
+        value = (index - 127.5) / 127.5
+        strength = abs(value) ** 0.7  # small differences are to be seen, too
+        red, green, blue = (1.0, 0.3, 0.2) if value > 0 else (0.2, 0.5, 1.0)
+        node.SetColor(index, f"{value:+.2f}", strength * red, strength * green, strength * blue, 1.0)
+    return slicer.mrmlScene.AddNode(node)
+
+
+def _grey(node):
+    """(k, j, i) float32; of colour its luma, which is what the network fused."""
+    array = slicer.util.arrayFromVolume(node)
+    if array.ndim == 3:
+        return array.astype(np.float32)
+    from ClinicalFMambaLib.inference.colour import luma
+
+    return 255 * luma(array[..., :3])
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def resultsOf(output):
+    """The :class:`Results` that belong to a volume node, also after the scene was saved and loaded."""
+    text = output.GetNodeReference(PROVENANCE) if output is not None else None
+    if text is None:
+        return Results()
+    try:
+        provenance = json.loads(text.GetText() or "")
+    except ValueError:
+        return Results()
+    metrics, metricsNote = _read(output.GetNodeReference(METRICS))
+    classification, classificationNote = _read(output.GetNodeReference(CLASSIFICATION))
+    return Results(provenance, metrics, metricsNote, classification, classificationNote)
+
+
+def _read(table):
+    if table is None or table.GetNumberOfColumns() < 2:
+        return (), ""
+    rows = range(table.GetNumberOfRows())
+    pairs = tuple((table.GetCellText(row, 0), float(table.GetCellText(row, 1))) for row in rows)
+    return pairs, table.GetAttribute("ClinicalFMamba.note") or ""

@@ -1,0 +1,487 @@
+"""The logic with a real worker process whose engine needs no torch: what may go wrong, and what the scene is then."""
+
+import os
+import signal
+import time
+import unittest
+
+import numpy as np
+import slicer
+from clinicalfmamba_selftest import (
+    LoggedExceptions,
+    LongestPause,
+    NothingMissing,
+    Outcomes,
+    addTransform,
+    addVolume,
+    addWarp,
+    bestOf,
+    isAlive,
+    leftovers,
+    makeLogic,
+    run,
+    smooth,
+    snapshot,
+    spin,
+)
+from ClinicalFMambaPanel import requirements, result_nodes
+from ClinicalFMambaPanel.logic import ClinicalFMambaLogic, FusionError
+
+
+def mean(a, b):
+    """What the fake engine makes of two arrays."""
+    scaled = [(x - x.min()) / np.float32(x.max() - x.min()) for x in (a.astype(np.float32), b.astype(np.float32))]
+    return np.rint(500 * (scaled[0] + scaled[1]))
+
+
+class LogicTestCase(unittest.TestCase):
+    def setUp(self):
+        self.logged = LoggedExceptions(self)
+        slicer.mrmlScene.Clear()
+        self.a, self.b = addVolume("T1"), addVolume("CT", seed=1)
+        self.scene = snapshot()
+
+    def tearDown(self):
+        self.assertEqual(self.logged.all, [])
+
+    def logic(self, *arguments, **options):
+        logic = makeLogic(*arguments, **options)
+        self.addCleanup(logic.cleanup)
+        return logic
+
+    def assertSceneUnchanged(self):
+        self.assertEqual(snapshot(), self.scene)
+
+    def assertFused(self, node, a=None, b=None):
+        array = slicer.util.arrayFromVolume(node)
+        expected = mean(*(slicer.util.arrayFromVolume(n) for n in (a or self.a, b or self.b)))
+        self.assertLessEqual(np.abs(array - expected).max(), 1)
+
+    def pidOf(self, node):
+        return result_nodes.resultsOf(node).provenance["pid"]
+
+
+class Fusing(LogicTestCase):
+    def test_waiting(self):
+        before = slicer.util.arrayFromVolume(self.a).copy(), slicer.util.arrayFromVolume(self.b).copy()
+        logic = self.logic()
+        fused = logic.fuse(self.a, self.b, waitForCompletion=True)
+        self.assertFused(fused)
+        self.assertEqual(fused.GetName(), "T1 + CT fused")
+        self.assertFalse(logic.isBusy)
+        for node, array in zip((self.a, self.b), before):
+            np.testing.assert_array_equal(slicer.util.arrayFromVolume(node), array)
+        provenance = logic.results(fused).provenance
+        self.assertEqual(provenance["slicer"]["volume_a"]["name"], "T1")
+        self.assertEqual(leftovers(logic), [])
+
+    def test_not_waiting(self):
+        logic = self.logic("--seconds", "0.3")
+        outcomes = Outcomes(logic)
+        self.assertIsNone(logic.fuse(self.a, self.b))
+        self.assertTrue(logic.isBusy)
+        with self.assertRaisesRegex(FusionError, "under way"):
+            logic.fuse(self.a, self.b)
+        name, fused = outcomes.next()
+        self.assertEqual(name, "finished")
+        self.assertFused(fused)
+        fractions = [fraction for _stage, fraction in outcomes.progress]
+        self.assertEqual(fractions, sorted(fractions))
+        self.assertIn("Fusing", [stage for stage, _fraction in outcomes.progress])
+
+    def test_worker_stays_warm_and_the_output_is_updated(self):
+        logic = self.logic()
+        first = logic.fuse(self.a, self.b, waitForCompletion=True)
+        pid, count = self.pidOf(first), slicer.mrmlScene.GetNumberOfNodes()
+        slicer.util.updateVolumeFromArray(self.b, smooth((20, 30, 40), 5))
+        second = logic.fuse(self.a, self.b, first, waitForCompletion=True)
+        self.assertIs(second, first)
+        self.assertFused(second)
+        self.assertEqual((self.pidOf(second), slicer.mrmlScene.GetNumberOfNodes()), (pid, count))
+        third = logic.fuse(self.a, self.b, waitForCompletion=True)
+        self.assertIsNot(third, first)
+
+    def test_options_reach_the_worker(self):
+        logic = self.logic()
+        self.a.GetDisplayNode().AutoWindowLevelOff()
+        self.a.GetDisplayNode().SetWindowLevelMinMax(10, 90)
+        fused = logic.fuse(
+            self.a, self.b, device="cpu", windowA="displayed", windowB=(0, 80), maxMemoryGib=2.5, waitForCompletion=True
+        )
+        settings = logic.results(fused).provenance["settings"]
+        self.assertEqual((settings["device"], settings["max_memory_gib"]), ("cpu", 2.5))
+
+    def test_grids_and_transforms(self):
+        logic = self.logic()
+        for name, transform in (("turn", addTransform("turn", shift=(2, 0, 0), angle=4)), ("warp", addWarp("warp"))):
+            for moved in (self.a, self.b):
+                with self.subTest(transform=name, moved=moved.GetName()):
+                    self.a.SetAndObserveTransformNodeID(None)
+                    self.b.SetAndObserveTransformNodeID(None)
+                    moved.SetAndObserveTransformNodeID(transform.GetID())
+                    with self.assertRaisesRegex(ValueError, "another grid"):
+                        logic.fuse(self.a, self.b, resample=False, waitForCompletion=True)
+                    fused = logic.fuse(self.a, self.b, waitForCompletion=True)
+                    self.assertIs(fused.GetParentTransformNode(), self.a.GetParentTransformNode())
+                    self.assertEqual(fused.GetImageData().GetDimensions(), self.a.GetImageData().GetDimensions())
+                    provenance = logic.results(fused).provenance
+                    self.assertTrue(provenance["grid_difference"] or provenance["slicer"]["moved_by_slicer"])
+                    self.assertEqual(bool(provenance["slicer"]["moved_by_slicer"]), name == "warp")
+
+    def test_result_is_where_a_was(self):
+        logic = self.logic("--seconds", "0.5")
+        outcomes = Outcomes(logic)
+        logic.fuse(self.a, self.b)
+        spin(lambda: outcomes.stage == "Fusing")
+        self.a.SetAndObserveTransformNodeID(addTransform("late", shift=(9, 9, 9)).GetID())
+        _name, fused = outcomes.next()
+        self.assertIsNone(fused.GetParentTransformNode())
+
+    def test_colour(self):
+        rgb = np.repeat((smooth((20, 30, 40), 1) // 5)[..., None], 3, axis=-1).astype(np.uint8)
+        b = addVolume("SPECT", rgb)
+        logic = self.logic()
+        fused = logic.fuse(self.a, b, waitForCompletion=True)
+        self.assertEqual(fused.GetClassName(), "vtkMRMLVectorVolumeNode")
+        self.assertIn("cannot hold", logic.problemWith(self.a, self.b, fused))
+        self.assertIn("both in colour", logic.problemWith(b, fused))
+
+    def test_what_cannot_be_fused(self):
+        logic = self.logic()
+        empty = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", "nothing")
+        for arguments, options, words in (
+            ((None, self.b), {}, "Choose volume A"),
+            ((self.a, None), {}, "Choose volume B"),
+            ((self.a, self.a), {}, "same volume"),
+            ((self.a, empty), {}, "is empty"),
+            ((self.a, self.b, self.a), {}, "never changed"),
+            ((self.a, self.b), {"model": "mri-xy-9d"}, "neither a bundled model"),
+            ((self.a, self.b), {"model": "/nowhere/x.safetensors"}, "does not exist"),
+            ((self.a, self.b), {"model": ""}, "Choose the file"),
+        ):
+            with self.subTest(words=words):
+                self.assertIn(words, logic.problemWith(*arguments, **options))
+                with self.assertRaisesRegex(ValueError, words):
+                    logic.fuse(*arguments, **options)
+        self.assertFalse(logic.engineRuns)
+
+    def test_engine_can_be_stopped_and_starts_again(self):
+        logic = self.logic()
+        pid = self.pidOf(logic.fuse(self.a, self.b, waitForCompletion=True))
+        self.assertIn("a test asked for it", logic.engineText)
+        logic.stopEngine()
+        self.assertFalse(logic.engineRuns)
+        self.assertFalse(isAlive(pid))
+        self.assertNotEqual(self.pidOf(logic.fuse(self.a, self.b, waitForCompletion=True)), pid)
+
+    def test_worker_ends_when_idle_and_starts_again(self):
+        logic = self.logic("--idle-minutes", "0.01")
+        logic.fuse(self.a, self.b, waitForCompletion=True)
+        outcomes = Outcomes(logic)
+        spin(lambda: not logic.engineRuns)
+        self.assertEqual(outcomes.all, [])
+        self.assertFused(logic.fuse(self.a, self.b, waitForCompletion=True))
+
+    def test_cleanup_leaves_no_process_and_no_file(self):
+        logic = self.logic("--mode", "stuck")
+        outcomes = Outcomes(logic)
+        logic.fuse(self.a, self.b)
+        spin(lambda: outcomes.stage == "Fusing")
+        scratch, pid = logic._scratch, logic._client.ready["pid"]
+        began = time.monotonic()
+        logic.cleanup()
+        self.assertLess(time.monotonic() - began, 5)
+        spin(lambda: not isAlive(pid), 5)
+        self.assertFalse(scratch.exists())
+        self.assertSceneUnchanged()
+        self.assertEqual(outcomes.all, [])
+
+
+class Cancelling(LogicTestCase):
+    def test_in_the_middle_then_again(self):
+        logic = self.logic("--seconds", "20", "--steps", "400")
+        outcomes = Outcomes(logic)
+        logic.fuse(self.a, self.b)
+        spin(lambda: outcomes.stage == "Fusing")
+        pid = logic._client.ready["pid"]
+        began = time.monotonic()
+        logic.cancel()
+        self.assertEqual(outcomes.all.pop()[0], "cancelled")
+        self.assertFalse(logic.isBusy)
+        self.assertSceneUnchanged()
+        spin(lambda: not logic._abandoned)
+        self.assertLess(time.monotonic() - began, 2)
+        self.assertEqual(leftovers(logic), [])
+        # The worker, asked nicely, is still there.
+        self.assertTrue(logic.engineRuns and isAlive(pid))
+        logic.cancel()  # of nothing
+        self.assertEqual(outcomes.all, [])
+
+    def test_at_once(self):
+        logic = self.logic()
+        outcomes = Outcomes(logic)
+        logic.fuse(self.a, self.b)
+        logic.cancel()
+        self.assertEqual(outcomes.next()[0], "cancelled")
+        self.assertFused(logic.fuse(self.a, self.b, waitForCompletion=True))
+
+    def test_a_worker_that_does_not_listen_is_ended(self):
+        logic = self.logic("--mode", "stuck")
+        outcomes = Outcomes(logic)
+        logic.fuse(self.a, self.b)
+        spin(lambda: outcomes.stage == "Fusing")
+        pid = logic._client.ready["pid"]
+        logic.cancel()
+        self.assertEqual(outcomes.next()[0], "cancelled")
+        spin(lambda: not logic.engineRuns, 10)
+        spin(lambda: not isAlive(pid), 10)
+        self.assertSceneUnchanged()
+
+    def test_fusing_again_does_not_wait_for_the_cancelled_one(self):
+        logic = self.logic("--mode", "stuck")
+        outcomes = Outcomes(logic)
+        logic.fuse(self.a, self.b)
+        spin(lambda: outcomes.stage == "Fusing")
+        first = logic._client.ready["pid"]
+        logic.cancel()
+        outcomes.progress.clear()
+        logic.fuse(self.a, self.b)
+        spin(lambda: outcomes.stage == "Fusing")
+        self.assertNotEqual(logic._client.ready["pid"], first)
+
+    def test_scene_closed(self):
+        logic = self.logic("--seconds", "20", "--steps", "400")
+        outcomes = Outcomes(logic)
+        logic.fuse(self.a, self.b)
+        spin(lambda: outcomes.stage == "Fusing")
+        slicer.mrmlScene.Clear()
+        name, reason = outcomes.next()
+        self.assertEqual(name, "cancelled")
+        self.assertIn("scene was closed", reason)
+        spin(lambda: not logic._abandoned)
+        self.assertEqual(slicer.util.getNodesByClass("vtkMRMLVolumeNode"), [])
+
+    def test_node_deleted(self):
+        for role in ("a", "b", "output"):
+            with self.subTest(deleted=role):
+                slicer.mrmlScene.Clear()
+                a, b, output = addVolume("T1"), addVolume("CT", seed=1), addVolume("old", seed=2)
+                logic = self.logic("--seconds", "20", "--steps", "400")
+                outcomes = Outcomes(logic)
+                logic.fuse(a, b, output)
+                spin(lambda outcomes=outcomes: outcomes.stage == "Fusing")
+                gone = {"a": a, "b": b, "output": output}[role]
+                slicer.mrmlScene.RemoveNode(gone)
+                name, reason = outcomes.next()
+                self.assertEqual(name, "cancelled")
+                self.assertIn(gone.GetName(), reason)
+                logic.cleanup()
+
+    def test_another_node_deleted(self):
+        logic = self.logic("--seconds", "0.5")
+        outcomes = Outcomes(logic)
+        logic.fuse(self.a, self.b)
+        slicer.mrmlScene.RemoveNode(addVolume("bystander"))
+        self.assertEqual(outcomes.next()[0], "finished")
+
+
+class Failing(LogicTestCase):
+    def fail(self, logic, **options):
+        outcomes = Outcomes(logic)
+        logic.fuse(self.a, self.b, **options)
+        name, error = outcomes.next()
+        self.assertEqual(name, "failed", error)
+        self.assertFalse(logic.isBusy)
+        self.assertSceneUnchanged()
+        self.assertEqual(leftovers(logic), [])
+        return error
+
+    def test_killed_in_the_middle(self):
+        logic = self.logic("--seconds", "20", "--steps", "400")
+        outcomes = Outcomes(logic)
+        logic.fuse(self.a, self.b)
+        spin(lambda: outcomes.stage == "Fusing")
+        os.kill(logic._client.ready["pid"], getattr(signal, "SIGKILL", signal.SIGTERM))
+        name, error = outcomes.next()
+        self.assertEqual((name, error.kind, error.retry), ("failed", "crashed", "lessMemory"))
+        self.assertIn("ended unexpectedly", str(error))
+        self.assertSceneUnchanged()
+        self.assertEqual(leftovers(logic), [])
+        self.assertFalse(logic.engineRuns)
+
+    def test_after_a_crash_it_works_again(self):
+        logic = self.logic("--mode", "crash")
+        self.assertEqual(self.fail(logic).kind, "crashed")
+        with self.assertRaisesRegex(FusionError, "ended unexpectedly"):
+            logic.fuse(self.a, self.b, waitForCompletion=True)
+        self.assertSceneUnchanged()
+
+    def test_garbage(self):
+        error = self.fail(self.logic("--mode", "garbage"))
+        self.assertEqual((error.kind, error.retry), ("garbage", "again"))
+        self.assertIn("Segmentation fault", error.details)
+
+    def test_memory(self):
+        logic = self.logic("--mode", "memory")
+        error = self.fail(logic)
+        self.assertEqual((error.kind, error.retry), ("OutOfMemory", "lessMemory"))
+        self.assertIn("memory ran out", str(error))
+        self.assertFused(logic.fuse(self.a, self.b, maxMemoryGib=4.0, waitForCompletion=True))
+
+    def test_memory_of_a_gpu(self):
+        error = self.fail(self.logic("--mode", "crash"), device="cuda")
+        self.assertEqual(error.retry, "cpu")
+
+    def test_silent(self):
+        if not hasattr(signal, "SIGSTOP"):
+            self.skipTest("a process cannot be stopped on Windows")
+        ahead = [0.0]
+        logic = self.logic("--mode", "silent", clock=lambda: time.monotonic() + ahead[0])
+        outcomes = Outcomes(logic)
+        logic.fuse(self.a, self.b)
+        spin(lambda: outcomes.stage == "Fusing")
+        ahead[0] = 100.0
+        name, error = outcomes.next()
+        self.assertEqual((name, error.kind, error.retry), ("failed", "silent", "again"))
+        self.assertSceneUnchanged()
+        self.assertFalse(logic.engineRuns)
+
+    def test_a_worker_that_computes_for_long_is_not_silent(self):
+        ahead = [0.0]
+        logic = self.logic("--seconds", "5", "--steps", "1", clock=lambda: time.monotonic() + ahead[0])
+        outcomes = Outcomes(logic)
+        logic.fuse(self.a, self.b)
+        spin(lambda: outcomes.stage == "Fusing")
+        for _ in range(3):
+            ahead[0] += 30.0
+            heard = logic._client._heard
+            spin(lambda heard=heard: logic._client._heard > heard)
+        self.assertEqual(outcomes.next()[0], "finished")
+
+    def test_does_not_start(self):
+        error = self.fail(self.logic("--mode", "bad start"))
+        self.assertEqual((error.kind, error.retry), ("notStarted", "again"))
+        self.assertIn("this Python is broken", error.details)
+        logic = ClinicalFMambaLogic(requirements=NothingMissing(), workerCommand=lambda: ["/no/such/program"])
+        self.addCleanup(logic.cleanup)
+        self.assertEqual(self.fail(logic).kind, "notStarted")
+
+    def test_input_error_in_the_workers_words(self):
+        flat = addVolume("flat", np.zeros((20, 30, 40, 3), np.uint8))
+        self.scene = snapshot()
+        self.a = flat
+        error = self.fail(self.logic(), classify="grade")
+        self.assertEqual((error.kind, error.retry), ("InputError", ""))
+        self.assertIn("no tumour classifier", str(error))
+
+
+class Responsiveness(LogicTestCase):
+    def test_event_loop_is_never_blocked(self):
+        """A clinical volume on the way to the worker and back, with a moved B."""
+        shape = (160, 256, 256)
+        a, b = (addVolume(name, smooth(shape, seed), (1, 1, 1)) for seed, name in enumerate(("big A", "big B")))
+        b.SetAndObserveTransformNodeID(addWarp("warp").GetID())
+        logic = self.logic("--seconds", "0.5")
+        logic.fuse(self.a, self.b, waitForCompletion=True)
+        outcomes = Outcomes(logic)
+
+        def measure():
+            with LongestPause() as pause:
+                logic.fuse(a, b)
+                self.assertEqual(outcomes.next()[0], "finished")
+            print(f"longest pause of the event loop: {1000 * pause.seconds:.0f} ms")
+            return pause.seconds
+
+        self.assertLess(bestOf(measure, 0.1), 0.1)
+
+
+class Installing(LogicTestCase):
+    def setUp(self):
+        super().setUp()
+        self.asked, self.pip, self.torch = [], [], []
+
+    def requirements(self, *names, answer=True, torch="installed"):
+        needed = [requirements.Requirement(name, "1.0", "5 MB", "a test") for name in names]
+
+        def confirm(question, **_options):
+            self.asked.append(question)
+            return answer
+
+        def installTorch(version):
+            self.torch.append(version)
+            return torch
+
+        return requirements.Requirements(needed, installTorch, self.pip.append, confirm)
+
+    def test_nothing_is_asked_when_all_is_there(self):
+        self.assertTrue(self.requirements("numpy", "pip").ensure())
+        self.assertEqual((self.asked, self.pip), ([], []))
+
+    def test_one_question_lists_everything(self):
+        needed = self.requirements("numpy", "no-such-package-1", "no-such-package-2")
+        with self.assertRaisesRegex(requirements.InstallationError, "still missing"):
+            needed.ensure()
+        (question,) = self.asked
+        for words in ("no-such-package-1>=1.0", "no-such-package-2>=1.0", "5 MB", "a test"):
+            self.assertIn(words, question)
+        self.assertNotIn("numpy>", question)
+        self.assertEqual(len(self.pip), 2)
+        self.assertIn("--constraint", self.pip[0])
+
+    def test_declined(self):
+        needed = self.requirements("no-such-package", answer=False)
+        self.assertFalse(needed.ensure())
+        self.assertEqual(self.pip, [])
+        logic = self.logic(requirements=needed)
+        self.assertIn("no-such-package", logic.engineText)
+        with self.assertRaisesRegex(FusionError, "no-such-package"):
+            logic.fuse(self.a, self.b)
+        self.assertFalse(logic.engineRuns)
+
+    def test_torch_comes_through_its_extension(self):
+        torch = requirements.Requirement("torch", "999", "3 GB", "the network")
+        needed = self.requirements()
+        needed._requirements = [torch]
+        with self.assertRaisesRegex(requirements.InstallationError, "still missing"):
+            needed.ensure()
+        self.assertEqual((self.torch, self.pip), ([">=999"], []))
+        declined = requirements.Requirements([torch], lambda version: None, self.pip.append, lambda *a, **k: True)
+        with self.assertRaisesRegex(requirements.InstallationError, "did not install"):
+            declined.ensure()
+
+    def test_pip_that_fails(self):
+        def pip(arguments):
+            raise RuntimeError("no\nnetwork")
+
+        needed = requirements.Requirements(
+            [requirements.Requirement("no-such-package", "1.0", "5 MB", "")], None, pip, lambda *a, **k: True
+        )
+        with self.assertRaisesRegex(requirements.InstallationError, "no network"):
+            needed.ensure()
+
+    def test_constraints_pin_what_slicer_was_built_with(self):
+        import importlib.metadata
+
+        texts = []
+
+        def pip(arguments):
+            path = arguments.split("--constraint ")[1].strip('"')
+            with open(path, encoding="utf-8") as file:
+                texts.append(file.read())
+
+        needed = requirements.Requirements(
+            [requirements.Requirement("no-such-package", "1.0", "5 MB", "")], None, pip, lambda *a, **k: True
+        )
+        with self.assertRaises(requirements.InstallationError):
+            needed.ensure()
+        self.assertIn(f"numpy=={importlib.metadata.version('numpy')}\n", texts[0])
+
+    def test_versions_are_compared_as_numbers(self):
+        for minimum, met in (("0.1", True), ("999", False)):
+            self.assertIs(requirements.Requirement("numpy", minimum, "", "").isMet, met)
+        self.assertEqual(requirements._numbers("2.13.0+cu128"), (2, 13))
+        self.assertGreater(requirements._numbers("2.13.0"), requirements._numbers("2.4"))
+
+
+if __name__ == "__main__":
+    run(__name__)

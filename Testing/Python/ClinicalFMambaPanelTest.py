@@ -1,0 +1,554 @@
+"""The panel as a user meets it: clicks, tooltips, errors, results, scenes; the worker's engine needs no torch."""
+
+import os
+import signal
+import sys
+import tempfile
+import time
+import unittest
+from pathlib import Path
+
+import numpy as np
+import slicer
+from clinicalfmamba_selftest import (
+    LoggedExceptions,
+    LongestPause,
+    addTransform,
+    addVolume,
+    bestOf,
+    isAlive,
+    makeLogic,
+    run,
+    smooth,
+    snapshot,
+    spin,
+)
+from ClinicalFMambaPanel import result_nodes
+from ClinicalFMambaPanel.display import COMPARE_VIEWS
+from ClinicalFMambaPanel.parameters import Device, Modality, Plane, Window
+from ClinicalFMambaPanel.requirements import Requirement, Requirements
+
+
+class PanelTestCase(unittest.TestCase):
+    def setUp(self):
+        self.logged = LoggedExceptions(self)
+        slicer.mrmlScene.Clear()
+        slicer.util.selectModule("ClinicalFMamba")
+        self.panel = slicer.util.getModuleWidget("ClinicalFMamba")
+        self.ui = self.panel.ui
+        self.take()
+        self.p = self.panel._parameterNode
+
+    def tearDown(self):
+        self.panel.logic.stopEngine()
+        slicer.mrmlScene.Clear()
+        self.assertEqual(self.logged.all, [])
+
+    def take(self, *arguments, **options):
+        """Give the panel a logic whose worker is as told."""
+        self.panel.setLogic(makeLogic(*arguments, **options))
+        self.logic = self.panel.logic
+
+    def choose(self, a=None, b=None):
+        self.p.volumeA = a or addVolume("T1")
+        self.p.volumeB = b or addVolume("CT", seed=1)
+        return self.p.volumeA, self.p.volumeB
+
+    def click(self):
+        self.assertTrue(self.ui.fuseButton.enabled, self.ui.fuseButton.toolTip)
+        self.ui.fuseButton.click()
+
+    def fuse(self):
+        self.click()
+        spin(lambda: not self.logic.isBusy)
+        return self.p.fusedVolume
+
+    def start(self):
+        """Click, and wait until the worker computes."""
+        self.click()
+        spin(lambda: self.logic.stage == "Fusing")
+
+
+class Showing(PanelTestCase):
+    def test_notice_is_always_there(self):
+        self.assertIn("not for diagnosis", self.ui.noticeLabel.text)
+        self.assertFalse(self.ui.noticeLabel.isHidden())
+
+    def test_every_control_has_a_tooltip(self):
+        kinds = ("QComboBox", "QCheckBox", "QPushButton", "QDoubleSpinBox", "QProgressBar", "QTableWidget")
+        kinds += ("qMRMLNodeComboBox", "ctkPathLineEdit")
+        seen = 0
+        for name, widget in vars(self.ui).items():
+            if widget.className() in kinds and not name.startswith("qt_"):
+                if widget.className() == "QComboBox" and not name.endswith("ComboBox"):
+                    continue  # inside another widget
+                seen += 1
+                self.assertTrue(widget.toolTip, f"{name} has no tooltip")
+        self.assertGreater(seen, 20)
+
+    def test_idle(self):
+        self.assertEqual(self.ui.fuseButton.text, "Fuse")
+        self.assertFalse(self.ui.fuseButton.enabled)
+        self.assertEqual(self.ui.fuseButton.toolTip, "Choose volume A")
+        self.assertEqual(self.ui.statusLabel.text, "Choose volume A")
+        self.assertTrue(self.ui.progressBar.isHidden())
+        self.assertTrue(self.ui.errorFrame.isHidden())
+        self.assertTrue(self.ui.advancedCollapsibleButton.collapsed)
+        for button in (self.ui.compareButton, self.ui.differenceButton, self.ui.reportButton):
+            self.assertFalse(button.enabled)
+
+    def test_reasons(self):
+        a, b = self.choose()
+        self.assertTrue(self.ui.fuseButton.enabled)
+        self.assertEqual(self.ui.fuseButton.toolTip, "Fuse A and B into one volume")
+        self.p.volumeB = a
+        self.assertIn("same volume", self.ui.fuseButton.toolTip)
+        self.p.volumeB = None
+        self.assertEqual(self.ui.fuseButton.toolTip, "Choose volume B")
+        self.p.volumeB, self.p.fusedVolume = b, a
+        self.assertIn("never changed", self.ui.fuseButton.toolTip)
+        self.p.fusedVolume = None
+        self.p.windowA, self.p.windowALow, self.p.windowAHigh = Window.CUSTOM, 50, 50
+        self.assertIn("window of A", self.ui.fuseButton.toolTip)
+        self.p.windowA = Window.AUTO
+        self.assertTrue(self.ui.fuseButton.enabled)
+
+    def test_grids(self):
+        _a, b = self.choose()
+        self.assertTrue(self.ui.gridLabel.isHidden())
+        b.SetAndObserveTransformNodeID(addTransform("shift", shift=(5, 0, 0)).GetID())
+        self.assertIn("origins 5.0 mm apart", self.ui.gridLabel.text)
+        self.assertTrue(self.ui.fuseButton.enabled)
+        self.ui.resampleCheckBox.checked = False
+        self.assertIn("another grid", self.ui.fuseButton.toolTip)
+        self.assertFalse(self.ui.fuseButton.enabled)
+        b.SetAndObserveTransformNodeID(None)
+        self.assertTrue(self.ui.fuseButton.enabled)
+        b.SetOrigin(0, 0, 0)
+        self.assertFalse(self.ui.fuseButton.enabled)
+
+    def test_model_choice(self):
+        self.choose()
+        combo = self.ui.modelComboBox
+        self.assertEqual(combo.itemText(0), "Automatic (by modality)")
+        self.assertTrue(self.ui.modelFileEdit.isHidden())
+        combo.currentIndex = combo.count - 1
+        self.assertEqual(self.p.model, "file")
+        self.assertFalse(self.ui.modelFileEdit.isHidden())
+        self.assertEqual(self.ui.fuseButton.toolTip, "Choose the file of the model")
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(Path(folder) / "mine.safetensors")
+            Path(path).write_bytes(b"x")
+            self.ui.modelFileEdit.currentPath = path
+            self.assertEqual(self.p.modelFile, path)
+            self.assertTrue(self.ui.fuseButton.enabled)
+            self.assertEqual(self.panel.fuseArguments()["model"], path)
+            self.ui.modelFileEdit.currentPath = path + ".gone"
+            self.assertFalse(self.ui.fuseButton.enabled)
+            self.ui.modelFileEdit.currentPath = path
+            Path(path).unlink()
+            self.panel._update()
+            self.assertIn("does not exist", self.ui.fuseButton.toolTip)
+        self.p.model = "mri-pet-7d"  # of a scene from another version
+        self.assertEqual(combo.currentText, "mri-pet-7d (not bundled)")
+        self.assertIn("neither a bundled model", self.ui.fuseButton.toolTip)
+        self.p.model = "auto"
+        self.assertTrue(self.ui.fuseButton.enabled)
+
+    def test_window_bounds_show_when_wanted(self):
+        self.choose()
+        self.assertTrue(self.ui.windowARangeWidget.isHidden())
+        self.ui.windowAComboBox.currentIndex = list(Window).index(Window.CUSTOM)
+        self.assertFalse(self.ui.windowARangeWidget.isHidden())
+        self.ui.windowALowSpinBox.value, self.ui.windowAHighSpinBox.value = -10, 90
+        self.assertEqual(self.panel.fuseArguments()["windowA"], (-10, 90))
+        self.assertEqual(self.panel.fuseArguments()["windowB"], "auto")
+
+    def test_device_says_what_was_found_and_why(self):
+        self.choose()
+        self.fuse()
+        self.assertEqual(self.ui.engineTextLabel.text, "CPU: a test asked for it")
+        self.assertTrue(self.ui.stopEngineButton.enabled)
+        self.ui.stopEngineButton.click()
+        self.assertFalse(self.ui.stopEngineButton.enabled)
+
+    def test_the_pair_is_suggested(self):
+        ct, mr = addVolume("CT head"), addVolume("T1 post", seed=1)
+        slicer.util.selectModule("Data")
+        slicer.util.selectModule("ClinicalFMamba")
+        p = self.panel._parameterNode
+        self.assertIs(p.volumeA, mr)
+        self.assertIs(p.volumeB, ct)
+
+    def test_no_torch_is_imported(self):
+        self.assertNotIn("torch", sys.modules)
+
+    def test_shows_in_under_a_second(self):
+        def measure():
+            slicer.util.selectModule("Data")
+            for name in list(sys.modules):  # so that they are read again
+                if name.split(".")[0] == "ClinicalFMambaPanel":
+                    del sys.modules[name]
+            began = time.monotonic()
+            slicer.util.reloadScriptedModule("ClinicalFMamba")
+            slicer.util.selectModule("ClinicalFMamba")
+            slicer.app.processEvents()
+            seconds = time.monotonic() - began
+            print(f"module read and shown in {1000 * seconds:.0f} ms")
+            return seconds
+
+        kept = {name: module for name, module in sys.modules.items() if name.startswith("ClinicalFMambaPanel")}
+        try:
+            self.assertLess(bestOf(measure, 1.0), 1.0)
+        finally:
+            sys.modules.update(kept)
+            slicer.util.reloadScriptedModule("ClinicalFMamba")
+            self.panel = slicer.util.getModuleWidget("ClinicalFMamba")
+
+
+class Fusing(PanelTestCase):
+    def test_click_to_result(self):
+        a, b = self.choose()
+        before = slicer.util.arrayFromVolume(a).copy()
+        fused = self.fuse()
+        self.assertEqual(fused.GetName(), "T1 + CT fused")
+        self.assertIs(self.ui.fusedVolumeSelector.currentNode(), fused)
+        np.testing.assert_array_equal(slicer.util.arrayFromVolume(a), before)
+        self.assertIn("Done: T1 + CT fused", self.ui.statusLabel.text)
+        self.assertEqual(self.ui.fuseButton.text, "Fuse")
+        self.assertTrue(self.ui.progressBar.isHidden())
+        self.assertEqual(self.ui.resultLabel.text, "T1 + CT fused")
+        self.assertIn("mean on CPU", self.ui.resultDetailLabel.text)
+        self.assertIn("a test fused these", self.ui.warningsLabel.text)
+        for button in (self.ui.compareButton, self.ui.differenceButton, self.ui.reportButton):
+            self.assertTrue(button.enabled)
+        names = [self.ui.metricsTable.item(row, 0).text() for row in range(self.ui.metricsTable.rowCount)]
+        self.assertIn("EN", names)
+        self.assertGreater(float(self.ui.metricsTable.item(names.index("EN"), 1).text()), 0)
+        for composite in slicer.util.getNodesByClass("vtkMRMLSliceCompositeNode"):
+            if composite.GetLayoutName() not in COMPARE_VIEWS:
+                self.assertEqual(composite.GetBackgroundVolumeID(), fused.GetID())
+        # A second click updates the same volume.
+        count = slicer.mrmlScene.GetNumberOfNodes()
+        slicer.util.updateVolumeFromArray(b, smooth((20, 30, 40), 7))
+        old = slicer.util.arrayFromVolume(fused).copy()
+        self.assertIs(self.fuse(), fused)
+        self.assertEqual(slicer.mrmlScene.GetNumberOfNodes(), count)
+        self.assertFalse(np.array_equal(slicer.util.arrayFromVolume(fused), old))
+
+    def test_while_it_runs(self):
+        self.take("--seconds", "4", "--steps", "80")
+        self.choose()
+        self.start()
+        self.assertEqual(self.ui.fuseButton.text, "Cancel")
+        self.assertTrue(self.ui.fuseButton.enabled)
+        self.assertFalse(self.ui.progressBar.isHidden())
+        for name in ("volumeASelector", "fusedVolumeSelector", "modelComboBox", "maxMemorySpinBox"):
+            self.assertFalse(getattr(self.ui, name).isEnabled(), name)
+        self.assertTrue(self.ui.stopEngineButton.isEnabled())
+        spin(lambda: "about" in self.ui.statusLabel.text)
+        self.assertRegex(self.ui.statusLabel.text, r"Fusing … about \d s left")
+        value = self.ui.progressBar.value
+        spin(lambda: self.ui.progressBar.value > value)
+        self.ui.fuseButton.click()
+        self.assertIn("Cancelled", self.ui.statusLabel.text)
+        self.assertEqual(self.ui.fuseButton.text, "Fuse")
+        self.assertTrue(self.ui.volumeASelector.isEnabled())
+        self.assertIsNone(self.p.fusedVolume)
+
+    def test_cancel_then_fuse_again(self):
+        self.take("--seconds", "1", "--steps", "50")
+        self.choose()
+        scene = snapshot()
+        self.start()
+        self.ui.fuseButton.click()
+        self.assertEqual(snapshot(), scene)
+        self.assertIsNotNone(self.fuse())
+
+    def test_event_loop_is_never_blocked(self):
+        self.take("--seconds", "1", "--steps", "50")
+        self.choose()
+        self.fuse()
+
+        def measure():
+            with LongestPause() as pause:
+                self.fuse()
+            print(f"longest pause of the event loop: {1000 * pause.seconds:.0f} ms")
+            return pause.seconds
+
+        self.assertLess(bestOf(measure, 0.1), 0.1)
+
+    def test_settings_reach_the_logic(self):
+        self.choose()
+        ui = self.ui
+        ui.deviceComboBox.currentIndex = list(Device).index(Device.CPU)
+        ui.modalityAComboBox.currentIndex = list(Modality).index(Modality.MR)
+        ui.modalityBComboBox.currentIndex = list(Modality).index(Modality.CT)
+        ui.planeComboBox.currentIndex = list(Plane).index(Plane.CORONAL)
+        ui.windowBComboBox.currentIndex = list(Window).index(Window.BONE)
+        ui.maxMemorySpinBox.value = 2.5
+        ui.checkRegistrationCheckBox.checked = False
+        ui.measureCheckBox.checked = False
+        arguments = self.panel.fuseArguments()
+        for name, value in (
+            ("device", "cpu"),
+            ("modalityA", "MR"),
+            ("modalityB", "CT"),
+            ("plane", "coronal"),
+            ("windowB", "bone"),
+            ("maxMemoryGib", 2.5),
+            ("checkRegistration", False),
+            ("metrics", False),
+            ("classify", ""),
+            ("model", "auto"),
+        ):
+            self.assertEqual(arguments[name], value, name)
+
+    def test_sources_can_stay_visible(self):
+        a, _b = self.choose()
+        slicer.util.setSliceViewerLayers(background=a)
+        self.ui.keepSourcesCheckBox.checked = True
+        self.fuse()
+        for composite in slicer.util.getNodesByClass("vtkMRMLSliceCompositeNode"):
+            self.assertEqual(composite.GetBackgroundVolumeID(), a.GetID())
+
+    def test_results_buttons(self):
+        a, _b = self.choose()
+        fused = self.fuse()
+        self.ui.differenceButton.click()
+        difference = fused.GetNodeReference(result_nodes.DIFFERENCE)
+        self.assertIsNotNone(difference)
+        # None without a main window.
+        for composite in slicer.util.getNodesByClass("vtkMRMLSliceCompositeNode"):
+            if composite.GetLayoutName() not in COMPARE_VIEWS:
+                self.assertEqual(composite.GetBackgroundVolumeID(), a.GetID())
+                self.assertEqual(composite.GetForegroundVolumeID(), difference.GetID())
+        self.ui.compareButton.click()
+        self.assertTrue(self.ui.errorFrame.isHidden())
+        slicer.mrmlScene.RemoveNode(a)
+        self.ui.compareButton.click()
+        self.assertIn("no longer in the scene", self.ui.errorLabel.text)
+        with tempfile.TemporaryDirectory() as folder:
+            self.logic.saveReport(fused, Path(folder) / "report.html")
+
+    def test_save_report(self):
+        self.choose()
+        self.fuse()
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(Path(folder) / "report.json")
+            asked = []
+            ask, self.panel.askReportPath = self.panel.askReportPath, lambda name: asked.append(name) or path
+            try:
+                self.ui.reportButton.click()
+            finally:
+                self.panel.askReportPath = ask
+            self.assertEqual(asked, ["T1---CT-fused"])
+            self.assertTrue(Path(path).is_file())
+            self.assertIn(path, self.ui.statusLabel.text)
+
+
+class Classifying(PanelTestCase):
+    def test_without_a_classifier(self):
+        self.choose()
+        self.assertFalse(self.ui.classifyCheckBox.enabled)
+        self.fuse()
+        self.assertFalse(self.ui.classifyCheckBox.enabled)
+        self.assertIn("no tumour classifier is bundled", self.ui.classifyCheckBox.toolTip)
+        self.assertIn("no tumour classifier is bundled", self.ui.classificationNoteLabel.text)
+        self.assertTrue(self.ui.classificationTable.isHidden())
+
+    def test_with_one(self):
+        self.take("--classifier")
+        self.choose()
+        self.fuse()
+        self.assertTrue(self.ui.classifyCheckBox.enabled)
+        self.ui.classifyCheckBox.checked = True
+        self.assertEqual(self.panel.fuseArguments()["classify"], "auto")
+        event = {
+            "provenance": self.logic.results(self.p.fusedVolume).provenance,
+            "classification": {
+                "model": "grade",
+                "probabilities": [
+                    {"label": "low grade", "probability": 0.2},
+                    {"label": "high grade", "probability": 0.8},
+                ],
+                "note": "a guess",
+            },
+        }
+        result_nodes.putResults(self.p.fusedVolume, self.p.volumeA, self.p.volumeB, event)
+        self.panel._update()
+        table = self.ui.classificationTable
+        rows = [(table.item(row, 0).text(), table.item(row, 1).text()) for row in range(table.rowCount)]
+        self.assertEqual(rows, [("low grade", "20.0 %"), ("high grade", "80.0 %")])
+        self.assertEqual(self.ui.classificationNoteLabel.text, "grade; a guess")
+
+
+class Failing(PanelTestCase):
+    def failed(self):
+        self.assertFalse(self.ui.errorFrame.isHidden())
+        self.assertEqual(self.ui.fuseButton.text, "Fuse")
+        self.assertIn("scene is as it was", self.ui.statusLabel.text)
+        return self.ui.errorLabel.text
+
+    def test_killed_then_retried(self):
+        self.take("--seconds", "1", "--steps", "50")
+        self.choose()
+        scene = snapshot()
+        self.start()
+        os.kill(self.logic._client.ready["pid"], getattr(signal, "SIGKILL", signal.SIGTERM))
+        spin(lambda: not self.logic.isBusy)
+        self.assertIn("ended unexpectedly", self.failed())
+        self.assertEqual(snapshot(), scene)
+        self.assertEqual(self.ui.retryButton.text, "Try again with less memory")
+        self.assertIn("4 GiB", self.ui.retryButton.toolTip)
+        self.ui.retryButton.click()
+        spin(lambda: not self.logic.isBusy)
+        self.assertTrue(self.ui.errorFrame.isHidden())
+        self.assertIsNotNone(self.p.fusedVolume)
+        self.assertEqual(self.p.maxMemoryGib, 4.0)
+
+    def test_gpu_then_cpu(self):
+        self.take("--mode", "memory")
+        self.choose()
+        self.p.device = Device.CUDA
+        self.fuse()
+        self.assertIn("memory ran out", self.failed())
+        error = self.panel._error
+        error.retry = "cpu"  # as the worker says it where the GPU's memory ran out
+        self.panel._showError(error)
+        self.assertEqual(self.ui.retryButton.text, "Try again on the CPU")
+        self.ui.retryButton.click()
+        spin(lambda: not self.logic.isBusy)
+        self.assertIs(self.p.device, Device.CPU)
+        self.assertIsNotNone(self.p.fusedVolume)
+
+    def test_garbage(self):
+        self.take("--mode", "garbage")
+        self.choose()
+        self.fuse()
+        self.assertIn("unreadable", self.failed())
+        self.assertEqual(self.ui.retryButton.text, "Try again")
+        self.assertFalse(self.ui.errorDetailsButton.isHidden())
+        if slicer.app.testingEnabled():  # else a dialog waits for the user
+            self.ui.errorDetailsButton.click()
+
+    def test_next_click_clears_the_error(self):
+        self.take("--mode", "garbage")
+        self.choose()
+        self.fuse()
+        self.failed()
+        self.take()
+        self.click()
+        self.assertTrue(self.ui.errorFrame.isHidden())
+        spin(lambda: not self.logic.isBusy)
+
+    def test_no_torch(self):
+        asked = []
+        torch = Requirement("no-torch-here", "2.4", "3 GB", "a test")
+        decline = Requirements([torch], None, None, lambda question, **_options: asked.append(question))
+        self.take(requirements=decline)
+        self.choose()
+        self.assertIn("no-torch-here", self.ui.engineTextLabel.text)
+        # The click is what asks, so the button works.
+        self.click()
+        self.assertEqual(len(asked), 1)
+        self.assertFalse(self.logic.isBusy)
+        self.assertFalse(self.logic.engineRuns)
+        self.assertIn("no-torch-here", self.ui.statusLabel.text)
+        self.assertTrue(self.ui.fuseButton.enabled)
+
+    def test_installation_that_fails(self):
+        def fail(arguments):
+            raise RuntimeError("no network")
+
+        broken = Requirements([Requirement("no-such", "1", "1 MB", "")], None, fail, lambda *a, **k: True)
+        self.take(requirements=broken)
+        self.choose()
+        self.click()
+        self.assertIn("no network", self.ui.errorLabel.text)
+        self.assertFalse(self.ui.errorFrame.isHidden())
+
+
+class Scenes(PanelTestCase):
+    def test_parameters_come_back_with_the_scene(self):
+        a, _b = self.choose()
+        self.p.windowB, self.p.device, self.p.maxMemoryGib = Window.BONE, Device.CPU, 3.0
+        self.p.resample, self.p.model, self.p.modelFile = False, "file", "/x/y.safetensors"
+        self.p.windowA, self.p.windowALow, self.p.windowAHigh = Window.CUSTOM, 5, 25
+        self.p.model = "auto"
+        self.fuse()
+        metrics = self.logic.results(self.p.fusedVolume).metrics
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(Path(folder) / "scene.mrb")
+            self.assertTrue(slicer.util.saveScene(path))
+            slicer.mrmlScene.Clear()
+            self.assertIsNone(self.panel._parameterNode.volumeA)
+            self.assertIs(self.panel._parameterNode.windowB, Window.AUTO)
+            slicer.util.loadScene(path)
+        self.panel.enter()
+        p = self.panel._parameterNode
+        self.assertEqual((p.volumeA.GetName(), p.volumeB.GetName()), ("T1", "CT"))
+        self.assertEqual((p.windowB, p.device, p.maxMemoryGib), (Window.BONE, Device.CPU, 3.0))
+        self.assertEqual((p.resample, p.model, p.modelFile), (False, "auto", "/x/y.safetensors"))
+        self.assertEqual((p.windowA, p.windowALow, p.windowAHigh), (Window.CUSTOM, 5, 25))
+        self.assertIsNot(p.volumeA, a)
+        # The result, too, with what belongs to it.
+        results = self.logic.results(p.fusedVolume)
+        self.assertEqual(results.provenance["model"]["name"], "mean")
+        np.testing.assert_allclose([v for _n, v in results.metrics], [v for _n, v in metrics], rtol=1e-6)
+        self.assertIs(self.logic.sources(p.fusedVolume)[0], p.volumeA)
+        self.assertTrue(self.ui.compareButton.enabled)
+        self.assertTrue(self.ui.fuseButton.enabled, self.ui.fuseButton.toolTip)
+
+    def test_scene_closed_while_running(self):
+        self.take("--seconds", "20", "--steps", "400")
+        self.choose()
+        self.start()
+        slicer.mrmlScene.Clear()
+        self.assertFalse(self.logic.isBusy)
+        self.assertEqual(self.ui.fuseButton.text, "Fuse")
+        self.p = self.panel._parameterNode
+        self.assertIsNone(self.p.volumeA)
+        self.assertEqual(slicer.util.getNodesByClass("vtkMRMLVolumeNode"), [])
+        self.take()
+        self.choose()
+        self.assertIsNotNone(self.fuse())
+
+    def test_node_deleted_while_running(self):
+        self.take("--seconds", "20", "--steps", "400")
+        a, _b = self.choose()
+        self.start()
+        slicer.mrmlScene.RemoveNode(a)
+        self.assertFalse(self.logic.isBusy)
+        self.assertIsNot(self.p.volumeA, a)
+        self.assertIn("T1 was removed", self.ui.statusLabel.text)
+
+    def test_other_module_while_running(self):
+        self.take("--seconds", "0.5", "--steps", "20")
+        self.choose()
+        self.start()
+        slicer.util.selectModule("Data")
+        spin(lambda: not self.logic.isBusy)
+        slicer.util.selectModule("ClinicalFMamba")
+        self.assertEqual(self.panel._parameterNode.fusedVolume.GetName(), "T1 + CT fused")
+        self.assertIs(self.ui.fusedVolumeSelector.currentNode(), self.panel._parameterNode.fusedVolume)
+
+    def test_reload_while_running(self):
+        self.take("--seconds", "20", "--steps", "400")
+        a, _b = self.choose()
+        scene = snapshot()
+        self.start()
+        pid, old = self.logic._client.ready["pid"], self.logic
+        slicer.util.reloadScriptedModule("ClinicalFMamba")
+        self.assertFalse(old.isBusy)
+        spin(lambda: not isAlive(pid), 10)
+        self.assertEqual(snapshot(), scene)
+        self.panel = slicer.util.getModuleWidget("ClinicalFMamba")
+        self.ui, self.p = self.panel.ui, self.panel._parameterNode
+        self.assertEqual(self.p.volumeA.GetName(), a.GetName())
+        self.take()
+        self.assertIsNotNone(self.fuse())
+
+
+if __name__ == "__main__":
+    run(__name__)

@@ -1,0 +1,58 @@
+"""The panel in a Slicer that has no torch; skipped where it has. In the host: SLICERHOST_HIDE=torch,safetensors."""
+
+import importlib.metadata
+import sys
+import unittest
+
+import slicer
+from clinicalfmamba_selftest import addVolume, run, snapshot
+from ClinicalFMambaPanel.logic import ClinicalFMambaLogic, FusionError
+
+
+def hasTorch():
+    try:
+        importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+@unittest.skipIf(hasTorch(), "torch is installed")
+class WithoutTorch(unittest.TestCase):
+    def setUp(self):
+        slicer.mrmlScene.Clear()
+        slicer.util.selectModule("ClinicalFMamba")
+        self.panel = slicer.util.getModuleWidget("ClinicalFMamba")
+        self.ui = self.panel.ui
+        self.p = self.panel._parameterNode
+        self.p.volumeA, self.p.volumeB = addVolume("T1"), addVolume("CT", seed=1)
+        self.scene = snapshot()
+
+    def test_panel_says_what_is_missing(self):
+        self.assertIn("torch>=2.4", self.ui.engineTextLabel.text)
+        self.assertIn("Fuse offers to install it", self.ui.engineTextLabel.text)
+        self.assertTrue(self.ui.fuseButton.enabled, self.ui.fuseButton.toolTip)
+        self.assertFalse(self.panel.logic.engineRuns)
+        self.assertNotIn("torch", sys.modules)
+
+    def test_declined(self):
+        """Under --testing every question is answered with no."""
+        if not slicer.app.testingEnabled():
+            self.skipTest("a dialog would wait for an answer")
+        self.ui.fuseButton.click()
+        self.assertFalse(self.panel.logic.isBusy)
+        self.assertFalse(self.panel.logic.engineRuns)
+        self.assertIn("torch>=2.4", self.ui.statusLabel.text)
+        self.assertTrue(self.ui.fuseButton.enabled)
+        self.assertEqual(snapshot(), self.scene)
+
+    def test_scripts_get_an_error(self):
+        logic = ClinicalFMambaLogic()
+        self.addCleanup(logic.cleanup)
+        with self.assertRaisesRegex(FusionError, "torch>=2.4"):
+            logic.fuse(self.p.volumeA, self.p.volumeB, waitForCompletion=True)
+        self.assertEqual(snapshot(), self.scene)
+
+
+if __name__ == "__main__":
+    run(__name__)

@@ -1,0 +1,35 @@
+"""The self-tests of the Slicer module in the stand-in host, each file as Slicer runs it: in its own application."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("slicer", reason="the stand-in host needs slicer-core and PySide6: pip install '.[test]'")
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted(path.name for path in (ROOT / "Testing" / "Python").glob("*Test.py"))
+MINUTES = 10  # a hang shall fail the test, not the run
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_selftest(file):
+    # Without torch is a case of its own; elsewhere it must be there, or nothing would be fused.
+    without = file == "ClinicalFMambaWithoutTorchTest.py"
+    command = [sys.executable, "Testing/host", "--testing", "--additional-module-paths", "ClinicalFMamba"]
+    done = subprocess.run(
+        [*command, "--python-script", f"Testing/Python/{file}"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "SLICERHOST_HIDE": "torch,safetensors" if without else ""},
+        capture_output=True,
+        text=True,
+        timeout=60 * MINUTES,
+    )
+    print(done.stdout[-20000:], done.stderr[-20000:])
+    assert done.returncode == 0
+    passed = [line for line in done.stdout.splitlines() if line.startswith("OK")]
+    assert passed and "skipped=3" not in passed[-1]
