@@ -78,7 +78,7 @@ def call(function, args):
 
 
 def _slot_argument_count(slot, most):
-    """A C++ slot as the target, `clicked.connect(dialog.accept)`, gets the arguments that one of its overloads takes."""
+    """A slot of Qt as the target, `clicked.connect(dialog.accept)`, gets what one of its overloads takes."""
     mo = slot.__self__.metaObject()
     methods = (mo.method(i) for i in range(mo.methodCount()))
     counts = [m.parameterCount() for m in methods if bytes(m.name().data()).decode() == slot.__name__]
