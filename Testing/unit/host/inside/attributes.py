@@ -129,6 +129,16 @@ class Signals(unittest.TestCase):
         self.assertEqual(b.value, 6)
         self.assertFalse(a.connect("valueChanged(int)", b, "noSuchSlot(int)"))
 
+    def test_slot_of_qt_as_target(self):
+        b, dialog, bar = qt.QPushButton(), qt.QDialog(), qt.QProgressBar()
+        b.clicked.connect(dialog.accept)
+        b.clicked.connect(dialog.setVisible)
+        s = qt.QSpinBox()
+        s.valueChanged.connect(bar.setValue)
+        b.click()
+        s.value = 7
+        self.assertEqual((dialog.result(), bar.value), (1, 7))
+
     def test_disconnect_all(self):
         got = []
         b = qt.QPushButton()
