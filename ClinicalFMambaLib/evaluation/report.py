@@ -114,6 +114,7 @@ class Report:
         self._chosen: set[str] = set()
         self._examples: list = []
         self._worst = None
+        self._models: set[str] = set()
         self._lowest = math.inf
 
     def choose(self, cases: Sequence) -> None:
@@ -130,6 +131,7 @@ class Report:
             # A warning about one image, such as a black one, is not one about the evaluation.
             if warning not in self.warnings and "was trained on" in warning:
                 self.warnings.append(warning)
+        self._models.add(measured.result.provenance["model"]["name"])
         if measured.case.name in self._chosen:
             self._examples.append(make_example(measured, self.sources, f"patient {measured.case.patient}"))
         value = next(iter(measured.rows)).values.get("SSIM", math.nan)
@@ -157,7 +159,7 @@ class Report:
             f"<h1>{html.escape(self.title)}</h1>",
             f"<p class=notice>{NOTICE}</p>",
             "".join(f"<p class=warning>{html.escape(text)}</p>" for text in self._cautions(rows, summary)),
-            _facts({**self.facts, **_counts(rows)}),
+            _facts({**self.facts, "fused with": ", ".join(sorted(self._models)), **_counts(rows)}),
             "<h2>What the numbers say</h2>",
             "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in findings(rows, summary)) + "</ul>",
             "<h2>Metrics</h2>",
