@@ -294,6 +294,12 @@ def _content_box(a: np.ndarray, b: np.ndarray) -> tuple[slice, ...]:
 # ------------------------------------------------------------------------------------------------- tables
 
 
+def method_title(method: str) -> str:
+    """The name of a method as people write it."""
+    alone = {"source_a": "source A alone", "source_b": "source B alone"}
+    return alone.get(method, method.replace("_", " ") if method in BASELINES else method)
+
+
 def patient_means(rows: Sequence[Row], method: str, metric: str) -> dict[str, float]:
     """Mean of each patient's cases, so that a patient with many slices counts no more than one with few."""
     values: dict[str, list[float]] = {}
@@ -372,5 +378,5 @@ def markdown_table(summary: dict, metrics: Sequence[str]) -> str:
             if not math.isnan(value["low"]):
                 text += f" ({value['low']:.3f} to {value['high']:.3f})"
             cells.append(f"**{text}**" if method in best[metric] else text)
-        lines.append(f"| {method.replace('_', ' ')} | " + " | ".join(cells) + " |")
+        lines.append(f"| {method_title(method)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
