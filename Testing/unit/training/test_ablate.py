@@ -103,7 +103,7 @@ def test_other_settings_are_refused(done, data):
 
 
 def test_weights_to_start_from_are_refused(data, tmp_path):
-    with pytest.raises(InputError, match="leave training.init out"):
+    with pytest.raises(InputError, match=r"leave .*init out"):
         ablate(load_preset("mri-ct-2d", ["training.init=mri-ct-2d"]), "tiny", data, tmp_path)
 
 
