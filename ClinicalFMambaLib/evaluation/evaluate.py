@@ -24,7 +24,7 @@ from ..config import FusionOptions
 from ..errors import InputError
 from ..files import replacing, write_text
 from ..inference.colour import luma
-from ..volumes import read_volume, suffix_of
+from ..volumes import Volume, compare_grids, read_volume, suffix_of
 from .baselines import BASELINES
 from .metrics import METRICS, evaluate_all
 
@@ -119,7 +119,7 @@ def evaluate(
             box = _content_box(a, b)
             fused = {MODEL: own[box]}
             for name, paths in others.items():
-                fused[name] = load_fused(paths[case.name], a.shape)[box]
+                fused[name] = load_fused(paths[case.name], result.volume)[box]
             a, b = a[box], b[box]
             fused.update({name: BASELINES[name](a, b) for name in baselines})
             values = measure_all([(image, a, b, tuple(metrics)) for image in fused.values()])
@@ -160,9 +160,10 @@ def score(
         for start in range(0, len(chosen), 16):
             part, tasks = chosen[start : start + 16], []
             for case in part:
-                a, b = load_case(case, list(order or case.paths)[:2])
+                names = list(order or case.paths)[:2]
+                a, b = load_case(case, names)
                 box = _content_box(a, b)
-                fused = load_fused(paths[case.name], a.shape, limits)
+                fused = load_fused(paths[case.name], read_source(case, names[0]), limits)
                 tasks.append((fused[box], a[box], b[box], tuple(metrics)))
             values = measure_all(tasks)
             rows += [Row(Path(folder).resolve().name, c.patient, c.name, v) for c, v in zip(part, values)]
@@ -203,8 +204,8 @@ def find_fused(folder: Path, cases: Sequence[Case], every: bool = False) -> dict
     return found
 
 
-def load_fused(path: Path, shape: tuple[int, ...], limits: tuple[float, float] | None = None) -> np.ndarray:
-    """A fused image or volume in [0, 1]; of colour the luma.
+def load_fused(path: Path, source: Volume, limits: tuple[float, float] | None = None) -> np.ndarray:
+    """A fused image (H, W) or volume (D, H, W) in [0, 1] on the grid of ``source``; of colour the luma.
 
     Without ``limits``, 8-bit values are 0 to 255, integers up to 1000 this program's thousandths, and floats from 0 to
     1 what they are: a window chosen from the data would hide a fusion's loss of contrast.
@@ -229,10 +230,12 @@ def load_fused(path: Path, shape: tuple[int, ...], limits: tuple[float, float] |
             f"{path} has values from {array.min():g} to {array.max():g}: say with --range LO,HI which mean black and"
             " white"
         )
-    array = array[0] if len(array) == 1 else array
-    if array.shape != tuple(shape):
-        size = ["x".join(map(str, reversed(s))) for s in (array.shape, shape)]
+    if volume.shape != source.shape:
+        size = ["x".join(str(n) for n in reversed(v.shape[v.shape[0] == 1 :])) for v in (volume, source)]
         raise InputError(f"{path} is {size[0]}, its sources are {size[1]}; resample it onto them")
+    if difference := compare_grids(source, volume):
+        log.warning("%s lies elsewhere than its sources (%s): compared voxel by voxel all the same", path, difference)
+    array = array[0] if len(array) == 1 else array
     return np.clip((array - low) / (high - low), 0, 1).astype(np.float32)
 
 
@@ -289,6 +292,12 @@ def _content_box(a: np.ndarray, b: np.ndarray) -> tuple[slice, ...]:
 
 
 # ------------------------------------------------------------------------------------------------- tables
+
+
+def method_title(method: str) -> str:
+    """The name of a method as people write it."""
+    alone = {"source_a": "source A alone", "source_b": "source B alone"}
+    return alone.get(method, method.replace("_", " ") if method in BASELINES else method)
 
 
 def patient_means(rows: Sequence[Row], method: str, metric: str) -> dict[str, float]:
@@ -369,5 +378,5 @@ def markdown_table(summary: dict, metrics: Sequence[str]) -> str:
             if not math.isnan(value["low"]):
                 text += f" ({value['low']:.3f} to {value['high']:.3f})"
             cells.append(f"**{text}**" if method in best[metric] else text)
-        lines.append(f"| {method.replace('_', ' ')} | " + " | ".join(cells) + " |")
+        lines.append(f"| {method_title(method)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

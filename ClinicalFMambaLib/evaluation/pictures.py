@@ -16,7 +16,7 @@ from ..errors import require
 from ..files import replacing
 from ..inference.colour import rgb_to_ycbcr, ycbcr_to_rgb
 from ..preview import enlarged, informative_centre, plane, save_sheet, to_uint8
-from .evaluate import MODEL, SOURCES, Measured, Row, interval, patient_means
+from .evaluate import MODEL, SOURCES, Measured, Row, interval, method_title, patient_means
 from .metrics import METRICS
 
 # Difference that is shown in full colour, of a grey range of 1.
@@ -119,7 +119,7 @@ def save_example(path: Path, example: Example) -> Path:
         f"Orange: brighter than the source, blue: darker, black: equal; full colour at {FULL_COLOUR:g}."
         f" All panels in the same window. {NOTICE}"
     )
-    shown = [MODEL if title == MODEL else title.replace("_", " ") for title in titles]
+    shown = [*titles[:2], *(method_title(title) for title in titles[2:])]
     return save_sheet(path, [whole, detail, *differences], names, shown, f"Case {example.case}: {example.why}", footer)
 
 
@@ -172,7 +172,7 @@ def save_chart(
             axes.plot([low, high], [y, y], color=colour, linewidth=2)
             axes.plot(means.mean(), y, "o", color=colour, markersize=6)
         _limit(axes, {m: list(patient_means(rows, m, metric).values()) for m in methods})
-        labels = [method.replace("_", " ") for method in methods] if k % columns == 0 else [""] * len(methods)
+        labels = [method_title(method) if k % columns == 0 else "" for method in methods]
         axes.set_yticks(range(len(methods)), labels, fontsize=8)
         axes.set_ylim(len(methods) - 0.5, -0.5)
         arrow = {True: " (higher is better)", False: " (lower is better)", None: ""}[METRICS[metric].higher_is_better]

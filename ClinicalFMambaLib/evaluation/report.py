@@ -15,7 +15,7 @@ import numpy as np
 from .. import NOTICE, __version__
 from ..cases import Case
 from ..files import write_text
-from ..pretrained import find_weights, sha256
+from ..pretrained import find_weights, read_index, sha256
 from ..volumes import write_volume
 from .baselines import BASELINES
 from .evaluate import (
@@ -27,6 +27,7 @@ from .evaluate import (
     Row,
     evaluate,
     interval,
+    method_title,
     patient_means,
     ranking,
     summarise,
@@ -61,7 +62,7 @@ def evaluate_data(
     if model != "auto":
         name, weights = find_weights(model)
         report.facts["model"] = f"{name}, SHA-256 {sha256(weights)}"
-        if seen := sorted({case.patient for case in cases} & _training_patients(weights)):
+        if seen := sorted({case.patient for case in cases} & _training_patients(name, weights)):
             listed = ", ".join(seen[:12]) + (" …" if len(seen) > 12 else "")
             report.warnings.append(
                 f"The model was trained on {len(seen)} of these patients, or on others of that name ({listed}): only"
@@ -83,8 +84,10 @@ def evaluate_data(
     return rows
 
 
-def _training_patients(weights: Path) -> set[str]:
-    """From the record that :func:`.training.train.train` writes beside its weights."""
+def _training_patients(name: str, weights: Path) -> set[str]:
+    """From the index of bundled models, or the record that :func:`.training.train.train` writes beside its weights."""
+    if name in (index := read_index()):
+        return set(index[name].get("training_patients", ()))
     try:
         return set(json.loads(weights.with_suffix(".json").read_text(encoding="utf-8"))["training_patients"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -114,6 +117,7 @@ class Report:
         self._chosen: set[str] = set()
         self._examples: list = []
         self._worst = None
+        self._models: set[str] = set()
         self._lowest = math.inf
 
     def choose(self, cases: Sequence) -> None:
@@ -130,6 +134,7 @@ class Report:
             # A warning about one image, such as a black one, is not one about the evaluation.
             if warning not in self.warnings and "was trained on" in warning:
                 self.warnings.append(warning)
+        self._models.add(measured.result.provenance["model"]["name"])
         if measured.case.name in self._chosen:
             self._examples.append(make_example(measured, self.sources, f"patient {measured.case.patient}"))
         value = next(iter(measured.rows)).values.get("SSIM", math.nan)
@@ -157,7 +162,7 @@ class Report:
             f"<h1>{html.escape(self.title)}</h1>",
             f"<p class=notice>{NOTICE}</p>",
             "".join(f"<p class=warning>{html.escape(text)}</p>" for text in self._cautions(rows, summary)),
-            _facts({**self.facts, **_counts(rows)}),
+            _facts({**self.facts, "fused with": ", ".join(sorted(self._models)), **_counts(rows)}),
             "<h2>What the numbers say</h2>",
             "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in findings(rows, summary)) + "</ul>",
             "<h2>Metrics</h2>",
@@ -215,7 +220,7 @@ def findings(rows: Sequence[Row], summary: dict) -> list[str]:
     texts = []
     ranks = mean_ranks(summary)
     if len(ranks) > 1:
-        listed = ", ".join(f"{_name(method)} {rank:.1f}" for method, rank in ranks.items())
+        listed = ", ".join(f"{method_title(method)} {rank:.1f}" for method, rank in ranks.items())
         used = [m for m in RANKED if m in next(iter(summary.values()))]
         texts.append(f"Mean rank over {', '.join(used)} among the {len(ranks)} fusions: {listed}.")
     if MODEL in summary:
@@ -226,7 +231,7 @@ def findings(rows: Sequence[Row], summary: dict) -> list[str]:
     winners = trivial_winners(summary)
     if winners:
         listed = "; ".join(
-            f"{', '.join(m for m, w in winners.items() if w == method)}: {_name(method)}"
+            f"{', '.join(m for m, w in winners.items() if w == method)}: {method_title(method)}"
             for method in dict.fromkeys(winners.values())
         )
         texts.append(
@@ -240,14 +245,6 @@ def findings(rows: Sequence[Row], summary: dict) -> list[str]:
     return texts
 
 
-def _name(method: str) -> str:
-    return (
-        method
-        if method not in BASELINES
-        else {"source_a": "source A alone", "source_b": "source B alone"}.get(method, method.replace("_", " "))
-    )
-
-
 def _counts(rows: Sequence[Row]) -> dict[str, str]:
     cases, patients = {row.case for row in rows}, {row.patient for row in rows}
     return {"cases": f"{len(cases)} of {len(patients)} patients"}
@@ -259,13 +256,14 @@ def _facts(facts: dict[str, str]) -> str:
 
 
 def _table(summary: dict) -> str:
-    metrics = list(next(iter(summary.values())))
+    known = list(next(iter(summary.values())))
+    metrics = sorted(known, key=lambda metric: metric not in (*RANKED, "NABF"))  # a table may be wider than the window
     fusions = [method for method in summary if method not in SOURCES]
     order = {metric: ranking(summary, metric, fusions) for metric in metrics}
     ranks = mean_ranks(summary)
     arrows = {True: " ↑", False: " ↓", None: ""}
     head = "".join(f"<th>{m}{arrows[METRICS[m].higher_is_better]}</th>" for m in metrics)
-    lines = [f"<tr><th>method</th>{head}<th>mean rank</th></tr>"]
+    lines = [f"<tr><th>method</th><th>mean rank</th>{head}</tr>"]
     for method, values in summary.items():
         cells = []
         for metric in metrics:
@@ -280,7 +278,7 @@ def _table(summary: dict) -> str:
             cells.append(f"<td>{text}</td>")
         rank = f"{ranks[method]:.1f}" if method in ranks else ""
         kind = "source" if method in SOURCES else "model" if method == MODEL else ""
-        lines.append(f"<tr class='{kind}'><th>{_name(method)}</th>{''.join(cells)}<td>{rank}</td></tr>")
+        lines.append(f"<tr class='{kind}'><th>{method_title(method)}</th><td>{rank}</td>{''.join(cells)}</tr>")
     return "<div class=wide><table class=metrics>" + "".join(lines) + "</table></div>"
 
 
@@ -308,7 +306,7 @@ def _paired(rows: Sequence[Row], summary: dict) -> str:
             verdict = "no clear difference"
         band = "" if math.isnan(low) else f"{low:+.4f} to {high:+.4f}"
         lines.append(
-            f"<tr><th>{metric}</th><td>{_name(order[0])}</td><td>{differences.mean():+.4f}</td><td>{band}</td>"
+            f"<tr><th>{metric}</th><td>{method_title(order[0])}</td><td>{differences.mean():+.4f}</td><td>{band}</td>"
             f"<td>{verdict}</td></tr>"
         )
     note = "<p class=small>Paired: the differences are taken on the same patients, then averaged.</p>"
@@ -320,7 +318,9 @@ def _definitions(summary: dict) -> str:
         f"<dt>{m}</dt><dd>{html.escape(METRICS[m].description)}</dd>" for m in next(iter(summary.values()))
     )
     methods = "".join(
-        f"<dt>{_name(m)}</dt><dd>{html.escape(_first_sentence(BASELINES[m]))}</dd>" for m in summary if m in BASELINES
+        f"<dt>{method_title(m)}</dt><dd>{html.escape(_first_sentence(BASELINES[m]))}</dd>"
+        for m in summary
+        if m in BASELINES
     )
     return f"<dl>{metrics}{methods}</dl>"
 
@@ -345,7 +345,7 @@ def _figure(path: Path, caption: str, fit: bool = False) -> str:
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><style>
-body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1.5em; color: #1c1c1c; }}
+body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 90em; padding: 0 1.5em; color: #1c1c1c; }}
 h1 {{ font-size: 1.6em; margin-bottom: .2em }} h2 {{ margin-top: 1.8em; font-size: 1.2em }}
 .notice {{ font-weight: 600; color: #8a1c1c }} .small {{ color: #555; font-size: .87em }}
 .warning {{ background: #fff4d6; border-left: 4px solid #d9a300; padding: .5em .8em; margin: .4em 0 }}

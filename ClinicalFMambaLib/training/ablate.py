@@ -60,6 +60,8 @@ def ablate(preset: dict, name: str, data: Path, out: Path, seeds: int = 3) -> li
         InputError: the folder holds runs of other settings; and all that :func:`.train.train` raises.
     """
     config, source, _, settings = read_preset(preset)
+    if settings.init:
+        raise InputError("an ablation trains each variant from nothing, as no weights fit all: leave training.init out")
     rows = []
     chosen = variants(config.dimension)
     for seed in range(settings.seed, settings.seed + seeds):

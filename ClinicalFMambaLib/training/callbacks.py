@@ -104,7 +104,7 @@ class FailureSignatures(pl.Callback):
         self._cmca = _cmca_range(module.model, a, b)
 
     def on_validation_epoch_end(self, trainer, module) -> None:
-        if not self._sums or trainer.current_epoch + 1 < TOO_EARLY * trainer.max_epochs:
+        if not self._sums or trainer.current_epoch + 1 < max(2, TOO_EARLY * trainer.max_epochs):
             return
         means = trainer.strategy.reduce(torch.stack(self._sums).nanmean(0), reduce_op="mean")
         sharpness, *share = (float(x) for x in means)

@@ -73,6 +73,7 @@ def publish(run: Path, data: Path, folder: Path = FOLDER) -> dict:
         "file": f"{name}.safetensors",
         "sha256": sha256(folder / f"{name}.safetensors"),
         "dimension": model.config.dimension,
+        "training_patients": record["training_patients"],
         "modalities": about["modalities"],
         "description": about["title"],
         "card": f"{name}.md",

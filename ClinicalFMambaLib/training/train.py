@@ -348,6 +348,7 @@ def _trainer(preset, settings: TrainingOptions, source: DataOptions, out: Path, 
             StopOnSignal(last),
             ModelCheckpoint(last.parent, filename="last", enable_version_counter=False, save_on_train_epoch_end=True),
         ],
+        "devices": 1,  # more would multiply the batch: only when asked for
         "enable_progress_bar": shows_bar,
         "enable_model_summary": False,
         "check_val_every_n_epoch": max(1, settings.epochs // 10),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,13 +22,14 @@ from ClinicalFMambaLib.evaluation.evaluate import (
     find_fused,
     load_fused,
     markdown_table,
+    measure,
     score,
     summarise,
     write_tables,
 )
 from ClinicalFMambaLib.evaluation.metrics import METRICS, evaluate_all
 from ClinicalFMambaLib.inference.engine import FusionEngine
-from ClinicalFMambaLib.volumes import write_volume
+from ClinicalFMambaLib.volumes import Volume, read_volume, write_volume
 
 FEW = ("PSNR", "SSIM", "SCD", "QABF")
 
@@ -115,13 +117,36 @@ SCALES = {
 @pytest.mark.parametrize(("array", "limits", "expected"), SCALES.values(), ids=SCALES)
 def test_scale_of_fused_files(tmp_path, array, limits, expected):
     save(tmp_path / "x.nrrd", array[None])
-    np.testing.assert_allclose(load_fused(tmp_path / "x.nrrd", (1, 2), limits)[0], expected, atol=1e-6)
+    source = Volume(np.zeros((1, 1, 2)))
+    np.testing.assert_allclose(load_fused(tmp_path / "x.nrrd", source, limits)[0], expected, atol=1e-6)
 
 
 def test_an_unknown_scale_is_asked_for(tmp_path):
     save(tmp_path / "x.nrrd", np.array([[[-5, 4000]]], np.int16))
     with pytest.raises(InputError, match="--range LO,HI"):
-        load_fused(tmp_path / "x.nrrd", (1, 2))
+        load_fused(tmp_path / "x.nrrd", Volume(np.zeros((1, 1, 2))))
+
+
+def test_a_fused_volume_elsewhere_is_compared_with_a_warning(tmp_path, caplog):
+    array = np.random.default_rng(0).random((12, 16, 16), np.float32)
+    write_volume(Volume(array, spacing=(1.0, 1.0, 3.0)), tmp_path / "x.nrrd")
+    np.testing.assert_allclose(load_fused(tmp_path / "x.nrrd", Volume(array, spacing=(1.0, 1.0, 3.0))), array)
+    assert not caplog.records
+    load_fused(tmp_path / "x.nrrd", Volume(array))
+    assert "lies elsewhere than its sources" in caplog.text
+
+
+def test_volumes_are_scored_on_the_whole_grid(volumes, tmp_path):
+    cases = find_cases(volumes)
+    for case in cases:
+        source = read_volume(case.paths["t2"])
+        fused = np.rint(1000 * load_case(case).max(0)).astype(np.int16)
+        write_volume(replace(source, array=fused), tmp_path / f"{case.name}.nii.gz")
+    rows = score(tmp_path, cases, (), FEW, jobs=1)
+    assert [row.case for row in rows] == ["p1", "p2"]
+    for case, row in zip(cases, rows):
+        a, b = load_case(case)
+        assert row.values == pytest.approx(measure(np.maximum(a, b), a, b, FEW), abs=0.02)
 
 
 def test_fused_images_that_do_not_fit_are_refused(pairs, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ClinicalFMambaLib import NOTICE
+from ClinicalFMambaLib import NOTICE, pretrained
 from ClinicalFMambaLib.cases import find_cases
 from ClinicalFMambaLib.evaluation.evaluate import MODEL, Row, summarise
 from ClinicalFMambaLib.evaluation.pictures import detail_box, difference_colours
@@ -99,6 +99,24 @@ def test_the_report_is_one_whole_file(report):
     for words in (NOTICE, "6 of 4 patients", "laplacian pyramid", "source A alone", "95 % bootstrap", "tiny, SHA-256"):
         assert words in text
     assert re.search(r"trained on 1 of these patients.*\(2\)", text)
+
+
+def test_patients_that_a_bundled_model_was_trained_on_are_named(pairs, weights, tmp_path, monkeypatch):
+    entry = {
+        "file": weights.name,
+        "sha256": pretrained.sha256(weights),
+        "modalities": ["MR", "CT"],
+        "training_patients": ["3", "4"],
+    }
+    (tmp_path / "index.json").write_text(json.dumps({"bundled": entry}))
+    monkeypatch.setattr(pretrained, "FOLDER", weights.parent)
+    monkeypatch.setattr(pretrained, "INDEX", tmp_path / "index.json")
+    cases = find_cases(pairs)
+    evaluate_data(FusionEngine("cpu"), "bundled", pairs, cases, ["MRI", "CT"], tmp_path / "out", ("SSIM",))
+    assert (
+        "trained on 2 of these patients, or on others of that name (3, 4)"
+        in (tmp_path / "out" / "report.html").read_text()
+    )
 
 
 def test_files_of_the_report(report):

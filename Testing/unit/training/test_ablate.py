@@ -102,6 +102,11 @@ def test_other_settings_are_refused(done, data):
         ablate(load_preset("mri-ct-2d", [*TINY, "training.lr=0.1"]), "tiny", data, done[0], seeds=2)
 
 
+def test_weights_to_start_from_are_refused(data, tmp_path):
+    with pytest.raises(InputError, match=r"leave .*init out"):
+        ablate(load_preset("mri-ct-2d", ["training.init=mri-ct-2d"]), "tiny", data, tmp_path)
+
+
 def test_intervals_are_student_t():
     values = np.array([0.71, 0.74, 0.72])
     low, high = t_interval(values)
