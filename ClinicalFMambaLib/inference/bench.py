@@ -361,9 +361,8 @@ def _scan_case(task: dict):
         y = torch.empty(u.shape, device=device)
         for start in range(0, u.shape[2], CHUNK):
             at = slice(start, start + CHUNK)
-            y[:, :, at] = scan_tokens(
-                u[:, :, at], delta[:, :, at], A, B[:, :, at], C[:, :, at], D, state, backend=backend
-            )
+            inputs = (u[:, :, at], delta[:, :, at], A, B[:, :, at], C[:, :, at], D, state)
+            scan_tokens(*inputs, out=y[:, :, at], backend=backend)
         return y[0].mT
 
     arrange = tokens_last if backend not in ("reference", "mamba-ssm") else lambda *x: x

@@ -359,9 +359,9 @@ class _GatedBlock:
     def __call__(self, x: torch.Tensor, box: Box, shape: Sequence[int]) -> tuple[torch.Tensor, Box]:
         """From a tile at ``box`` of a map of ``shape`` to the part of it that is right, and its box."""
         local, inner = _convolve_tile(x, box, shape, self.local, 1)
-        gate = local * _crop(self.point(x), box, inner)
-        y, inner = _convolve_tile(gate, inner, shape, self.dilated, self.dilation)
-        return y + _crop(x, box, inner), inner
+        local.mul_(_crop(self.point(x), box, inner))
+        y, inner = _convolve_tile(local, inner, shape, self.dilated, self.dilation)
+        return y.add_(_crop(x, box, inner)), inner
 
 
 def _convolve_tile(x, box: Box, shape, conv: _Conv, halo: int):
@@ -574,7 +574,7 @@ def _largest(x: torch.Tensor, shape: Sequence[int], kernel: torch.Tensor) -> tor
     tops = []
     for box in _boxes(shape, 16384, even=True):
         windows = _windows(_view(x, tuple((low + 1, high + 3) for low, high in box)))
-        tops.append((kernel @ windows).amax(1))
+        tops.append(_linear(kernel, windows.T).amax(1))
     return torch.stack(tops).amax(0)
 
 
@@ -625,8 +625,7 @@ class _Branch:
         Every voxel of the shell around the volume belongs to one face: the faces of the first axis reach over the
         edges, those of the next ones less so.
         """
-        convolve = {2: F.conv2d, 3: F.conv3d}[self.dimension]
-        scaled = scaled.transpose(0, 1).float()  # (C, 2, 3, 3)
+        shallow = _Conv(scaled.transpose(0, 1), bias, torch.float32)  # (C, 2, 3, 3)
         source = self.padded[:, sample][None]
         faces = []
         for axis in range(self.dimension):
@@ -634,10 +633,11 @@ class _Branch:
                 n = self.shape[axis]
                 region = [slice(1, m + 3) if k < axis else slice(0, m + 4) for k, m in enumerate(self.shape)]
                 region[axis] = slice(n + 1, n + 4) if high else slice(0, 3)
-                beyond = convolve(source[(..., *region)], scaled, bias.float())
-                taps = cmca.head_weight.narrow(1 + axis, 2 if high else 0, 1)[None].float()
+                beyond = shallow(source[(..., *region)])
+                taps = cmca.head_weight.narrow(1 + axis, 2 if high else 0, 1)[None]
+                head = _Conv(taps, taps.new_zeros(1), torch.float32)
                 padding = [1 if k < axis else 0 for k in range(self.dimension)]
-                faces.append((axis, n - 1 if high else 0, convolve(beyond, taps, padding=padding)[0, 0]))
+                faces.append((axis, n - 1 if high else 0, head(beyond, padding)[0, 0]))
         return faces
 
     def correct_border(self, logits: torch.Tensor, place: Box) -> None:
@@ -731,43 +731,50 @@ class _MambaPair:
             tail, context_tail = x.new_zeros((2, sets, batch, taps, inner))
             state = x.new_zeros((sets, batch, self.states, inner))
             for chunk in chunks:
-                u = causal_conv_silu(
-                    _project(ordered[:, :, chunk], *self.projections[axis]), *self.conv[k], tail, _form(backend)
-                )
+                part = ordered[:, :, chunk]
+                u = _project(part, *self.projections[axis])
+                u = causal_conv_silu(u, *self.conv[k], tail, backend)
                 chooser = u
                 if self.fusion:
-                    sequence = _project(ordered[:, :, chunk], *self.context[axis], swapped=True)
-                    chooser = causal_conv_silu(sequence, *self.context_conv[k], context_tail, _form(backend))
+                    chooser = _project(part.unbind()[::-1], *self.context[axis])
+                    chooser = causal_conv_silu(chooser, *self.context_conv[k], context_tail, backend)
                 chosen = _project(chooser, self.x_proj[k])
-                low_rank, B, C = chosen.split([self.rank, self.states, self.states], -1)
-                y[:, :, chunk] = self._scan(k, u, low_rank, B, C, state, backend)
+                self._scan(k, u, chosen, state, y[:, :, chunk], backend)
             _add_back(total, y, shape, direction)
         for chunk in chunks:
-            gate = F.silu(_project(normed[:, :, chunk], *self.projections[-1]), inplace=True)
-            for m, affine in enumerate(self.out_norm):
+            gates = _project(normed[:, :, chunk], *self.projections[-1])
+            for m, (gate, affine) in enumerate(zip(gates, self.out_norm)):
                 # the mean over directions is left out: layer norm takes scale away but for its epsilon
                 eps = self.out_eps * len(directions) ** 2
-                gate[m].mul_(F.layer_norm(total[m, :, chunk], (inner,), *affine, eps))
-            x[:, :, chunk] += _project(gate, self.out_proj)
+                F.silu(gate, inplace=True).mul_(F.layer_norm(total[m, :, chunk], (inner,), *affine, eps))
+            for m, y in enumerate(_project(gates, self.out_proj)):
+                x[m, :, chunk] += y
         return x
 
-    def _scan(self, k: int, u, low_rank, B, C, state, backend: str) -> torch.Tensor:
-        if backend == "mamba-ssm":  # whole sequences: its kernel starts from zero
+    def _scan(self, k: int, u, chosen, state, y, backend: str) -> None:
+        """Scan one chunk in direction ``k`` into ``y``, (2, B, L, E)."""
+        low_rank, B, C = zip(*(x.split([self.rank, self.states, self.states], -1) for x in chosen))
+        if backend != "mamba-ssm":
+            dt = (self.dt_proj[k], self.dt_bias[k])
+            scan_tokens(u, low_rank, self.A[k], B, C, self.D[k], state, dt=dt, out=y, backend=backend)
+            return
+        # whole sequences: its kernel starts from zero
+        A, D = self.A[k].mT.flatten(0, 1), self.D[k].flatten()
+        delta = _project(low_rank, self.dt_proj[k].mT, self.dt_bias[k])
 
-            def channels(v):
-                return v.permute(1, 0, 3, 2).flatten(1, 2)
+        def channels(x):
+            return torch.stack(x, 1).transpose(2, 3)  # (B, 2, E, L)
 
-            A = self.A[k].mT.flatten(0, 1)
-            B, C = (v.permute(1, 0, 3, 2) for v in (B, C))
-            delta = F.softplus(_project(low_rank, self.dt_proj[k].mT, self.dt_bias[k]))
-            y = selective_scan(channels(u), channels(delta), A, B, C, self.D[k].flatten(), backend=backend)
-            return y.unflatten(1, (2, -1)).permute(1, 0, 3, 2)
-        dt = (self.dt_proj[k], self.dt_bias[k])
-        return scan_tokens(u, low_rank, self.A[k], B, C, self.D[k], state, dt=dt, backend=backend)
-
-
-def _form(backend: str) -> str:
-    return "numba" if backend == "numba" else "chunked"
+        scanned = selective_scan(
+            channels(u).flatten(1, 2),
+            F.softplus(channels(delta)).flatten(1, 2),
+            A,
+            channels(B),
+            channels(C),
+            D,
+            backend=backend,
+        )
+        y.copy_(scanned.unflatten(1, (2, -1)).permute(1, 0, 3, 2))
 
 
 def _after_norm(layers, norm: str, linear: str, parts: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -782,21 +789,19 @@ def _after_norm(layers, norm: str, linear: str, parts: int) -> list[tuple[torch.
     return [(w.contiguous(), b.contiguous()) for w, b in zip(weights, biases)]
 
 
-def _project(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, swapped: bool = False
-) -> torch.Tensor:
-    """(2, B, L, C) times (2, E, C), plus (2, E); ``swapped`` gives each modality the other one's tokens."""
-    # MKL's matrix product reaches less than half of oneDNN's speed on processors that are not Intel's
-    fast = x.device.type == "cpu" and _has_pointwise()
-    parts = []
-    for m, w in enumerate(weight):
-        tokens = x[1 - m if swapped else m].flatten(0, 1)
-        shift = None if bias is None else bias[m]
-        if fast:
-            parts.append(torch.ops.mkldnn._linear_pointwise(tokens, w, shift, "none", [], ""))
-        else:
-            parts.append(F.linear(tokens, w, shift))
-    return torch.stack(parts).unflatten(1, x.shape[1:3])
+def _project(x: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """Tokens (B, L, C) of each modality times (2, E, C), plus (2, E): two (B, L, E)."""
+    return [
+        _linear(tokens.flatten(0, 1), w, None if bias is None else bias[m]).unflatten(0, tokens.shape[:2])
+        for m, (tokens, w) in enumerate(zip(x, weight))
+    ]
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    if x.device.type == "cpu" and _has_pointwise():
+        # MKL's matrix product reaches less than half of oneDNN's speed on processors that are not Intel's
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 def _ordered(x: torch.Tensor, shape: tuple[int, ...], direction) -> torch.Tensor:

@@ -126,16 +126,8 @@ def _scan_chunks(u, delta, A, B, C, D, backend):
     step = max(64, _CHUNK_ELEMENTS // (batch * channels * states))
     for start in range(0, length, step):
         at = slice(start, start + step)
-        y[:, :, at] = scan_tokens(
-            u_[:, :, at],
-            delta_[:, :, at],
-            A,
-            B[:, :, at],
-            C[:, :, at],
-            D,
-            state,
-            backend=backend,
-        )
+        inputs = (u_[:, :, at], delta_[:, :, at], A, B[:, :, at], C[:, :, at], D, state)
+        scan_tokens(*inputs, out=y[:, :, at], backend=backend)
     return y.permute(1, 0, 3, 2).flatten(1, 2).to(u.dtype)
 
 

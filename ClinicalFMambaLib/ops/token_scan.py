@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -41,92 +42,87 @@ def numba_kernels():
     return scan_kernels
 
 
-def token_backend(device: torch.device | str) -> str:
-    """Name of the form that is used on ``device``."""
-    return "numba" if torch.device(device).type == "cpu" and numba_kernels() is not None else "chunked"
-
-
 def causal_conv_silu(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, tail: torch.Tensor, backend: str = "auto"
-) -> torch.Tensor:
+    x: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor, tail: torch.Tensor, backend: str = "auto"
+) -> list[torch.Tensor]:
     """Causal depth-wise convolution followed by SiLU.
 
     Args:
-        x: tokens, (M, B, L, E) float32: M parameter sets, B sequences each.
+        x: tokens (B, L, E) float32 for each of M parameter sets.
         weight: (M, taps, E); the last tap is that of the token itself. bias: (M, E).
         tail: the taps - 1 tokens before x, (M, B, taps - 1, E); replaced in place by the last ones of x.
 
     Returns:
-        (M, B, L, E).
+        (B, L, E) for each parameter set.
     """
-    if _choose(backend, x) == "numba":
-        x, out = x.contiguous(), torch.empty(x.shape)
+    if _choose(backend, tail) == "numba":
         kernel = numba_kernels().conv_silu
-        w, b, t, v, o = (tensor.numpy() for tensor in (weight, bias, tail, x, out))
-        _in_threads(x, lambda m, s, low, high: kernel(v[m, s], w[m], b[m], t[m, s], o[m, s], low, high))
+        out = [torch.empty(tokens.shape) for tokens in x]
+        v, o = ([tokens.contiguous().numpy() for tokens in some] for some in (x, out))
+        w, b, t = weight.numpy(), bias.numpy(), tail.numpy()
+        _in_threads(x, lambda m, s, low, high: kernel(v[m][s], w[m], b[m], t[m, s], o[m][s], low, high))
         return out
-    taps = weight.shape[1]
-    x = torch.cat([tail, x], 2)
-    tail.copy_(x[:, :, x.shape[2] - (taps - 1) :])
-    length = x.shape[2] - (taps - 1)
+    x = torch.cat([tail, torch.stack(tuple(x))], 2)
+    before = tail.shape[2]
+    length = x.shape[2] - before
+    tail.copy_(x[:, :, length:])
     out = x[:, :, :length] * weight[:, None, :1] + bias[:, None, None]
-    for k in range(1, taps):
+    for k in range(1, before + 1):
         out.addcmul_(x[:, :, k : k + length], weight[:, None, k : k + 1])
-    return F.silu(out, inplace=True)
+    return list(F.silu(out, inplace=True))
 
 
 def scan_tokens(
-    u: torch.Tensor,
-    step: torch.Tensor,
+    u: Sequence[torch.Tensor],
+    step: Sequence[torch.Tensor],
     A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
+    B: Sequence[torch.Tensor],
+    C: Sequence[torch.Tensor],
     D: torch.Tensor,
     state: torch.Tensor,
     *,
+    out: torch.Tensor,
     dt: tuple[torch.Tensor, torch.Tensor] | None = None,
     backend: str = "auto",
-) -> torch.Tensor:
-    """The selective scan of one chunk of tokens.
+) -> None:
+    """The selective scan of one chunk of tokens, with the skip D u, for each of M parameter sets.
 
     Args:
-        u: input, (M, B, L, E) float32.
-        step: step size Δ, (M, B, L, E); with ``dt`` its low-rank part, (M, B, L, R).
-        A: negative, (M, N, E). B, C: (M, B, L, N). D: (M, E).
+        u: input, M × (B, L, E) float32.
+        step: step size Δ, M × (B, L, E); with ``dt`` its low-rank part, M × (B, L, R).
+        A: negative, (M, N, E). B, C: M × (B, L, N). D: (M, E).
         state: h before the first token, (M, B, N, E) float32; replaced in place by h after the last one.
+        out: y, (M, B, L, E), written; its channels must be contiguous.
         dt: projection (M, R, E) and bias (M, E), with Δ = softplus(step @ projection + bias).
-
-    Returns:
-        y with the skip D u, (M, B, L, E).
     """
-    if _choose(backend, u) == "numba":
+    if _choose(backend, out) == "numba":
         kernel = numba_kernels().scan
-        y = torch.empty(u.shape)
-        dt_proj, dt_bias = dt or (u.new_empty((len(A), 0, u.shape[3])), D)
-        nu, nd, nw, ni, na, nb, nc, ns = (
-            x.contiguous().numpy() for x in (u, step, dt_proj, dt_bias, A * _LOG2E, B, C, D)
-        )
-        h, o = state.numpy(), y.numpy()
+        dt_proj, dt_bias = dt or (out.new_empty((len(A), 0, out.shape[3])), D)
+        nu, nd, nb, nc = ([x.contiguous().numpy() for x in some] for some in (u, step, B, C))
+        nw, ni, na, ns = (x.contiguous().numpy() for x in (dt_proj, dt_bias, A * _LOG2E, D))
+        h, o = state.numpy(), out.numpy()
         _in_threads(
             u,
             lambda m, s, low, high: kernel(
-                nu[m, s], nd[m, s], nw[m], ni[m], na[m], nb[m, s], nc[m, s], ns[m], h[m, s], o[m, s], low, high
+                nu[m][s], nd[m][s], nw[m], ni[m], na[m], nb[m][s], nc[m][s], ns[m], h[m, s], o[m, s], low, high
             ),
         )
-        return y
+        return
+    u, step, B, C = (torch.stack(tuple(x)) for x in (u, step, B, C))
     if dt is not None:
         step = F.softplus(torch.matmul(step, dt[0][:, None]) + dt[1][:, None, None])
-    y = _scan_segments(u, step, A, B, C, state)
-    return y.addcmul_(u, D[:, None, None])
+    out.copy_(_scan_segments(u, step, A, B, C, state).addcmul_(u, D[:, None, None]))
 
 
 def _choose(backend: str, x: torch.Tensor) -> str:
-    return token_backend(x.device) if backend == "auto" else backend
+    if backend == "auto":
+        return "numba" if x.device.type == "cpu" and numba_kernels() is not None else "chunked"
+    return "numba" if backend == "numba" else "chunked"
 
 
-def _in_threads(x: torch.Tensor, work) -> None:
+def _in_threads(x: Sequence[torch.Tensor], work) -> None:
     """Call work(m, sequence, low, high) for all parameter sets, sequences and blocks of channels."""
-    sets, sequences, _, channels = x.shape
+    sets, (sequences, _, channels) = len(x), x[0].shape
     threads = torch.get_num_threads()
     width = _CHANNELS
     while width > 64 and sets * sequences * -(-channels // width) < threads:

@@ -82,7 +82,8 @@ def test_chunks_with_a_carried_state_are_the_whole(backend, chunk):
             at = slice(start, start + step)
             x = causal_conv_silu(u[:, :, at], weight, bias, tail, backend)
             inputs = (x, low_rank[:, :, at], A, B[:, :, at], C[:, :, at], D, state)
-            out.append(scan_tokens(*inputs, dt=dt, backend=backend))
+            out.append(torch.empty(2, 3, len(range(65)[at]), 70))
+            scan_tokens(*inputs, out=out[-1], dt=dt, backend=backend)
         return torch.cat(out, 2), state, tail
 
     for got, expected in zip(run(chunk, backend), run(65, "chunked")):
@@ -96,7 +97,7 @@ def test_convolution_is_torchs():
     expected = torch.nn.functional.silu(conv).mT[None]
     for backend in ("chunked", *(["numba"] if "numba" in BACKENDS else [])):
         got = causal_conv_silu(x, weight, bias, torch.zeros(1, 2, 3, 6), backend)
-        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(got[0], expected[0], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.skipif("numba" not in BACKENDS, reason="numba is not installed: the compiled scan is NOT TESTED")
