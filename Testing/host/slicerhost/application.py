@@ -337,10 +337,13 @@ class qSlicerMainWindow(QtWidgets.QMainWindow):
         area.setFixedWidth(480)
         dock = QtWidgets.QDockWidget("")
         dock.objectName = "PanelDockWidget"
+        dock.setFeatures(QtWidgets.QDockWidget.DockWidgetFeature.NoDockWidgetFeatures)
+        dock.setTitleBarWidget(QtWidgets.QWidget())
         dock.setWidget(area)
         state(self, area=area, selector=None)
         self.addDockWidget(QtCore.Qt.DockWidgetArea.LeftDockWidgetArea, dock)
         self._d.selector = qSlicerModuleSelectorToolBar(self)
+        self._d.selector.hide()
         self.setStatusBar(QtWidgets.QStatusBar())
         self.resize(1400, 900)
 

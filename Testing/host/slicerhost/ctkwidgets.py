@@ -5,6 +5,7 @@ it is left out on purpose: ctkSliderWidget.setRange, ctkCollapsibleButton.setCol
 """
 
 import os
+import re
 import sys
 import types
 import weakref
@@ -591,12 +592,10 @@ class ctkPathLineEdit(QtWidgets.QWidget):
         wire(button, "clicked()", self, "browse")
 
     def _acceptable(self, path):
-        # CTK's validator: the path has to exist, and be a directory where files are not asked for.
-        if not path:
-            return False
-        if self._d.filters & self.Writable and self._d.filters & self.Files:
-            return os.path.isdir(os.path.dirname(os.path.abspath(path)))
-        return os.path.isdir(path) or bool(self._d.filters & self.Files and os.path.isfile(path))
+        """ctk::nameFiltersToRegularExpression: the file need not exist, and its last letter may be missing."""
+        extensions = [e for f in self._d.nameFilters for e in re.sub(r"^.*\(|\)$", "", f).split()]
+        patterns = [".*" + re.escape(e.removeprefix("*")) + "?" for e in extensions if e.startswith("*.")]
+        return re.fullmatch("|".join(patterns) or ".+", path) is not None
 
     def _changed(self, path):
         d = self._d

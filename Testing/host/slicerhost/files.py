@@ -1,7 +1,6 @@
 """Reading and writing: the part of qSlicerCoreIOManager that slicer.util uses, on slicer-core's storage nodes."""
 
 import os
-import tempfile
 
 import slicer
 
@@ -154,10 +153,7 @@ class CoreIOManager:
         if name.lower().endswith(".mrb"):
             return bool(scene.WriteToMRB(name))
         os.makedirs(name, exist_ok=True)
-        with tempfile.TemporaryDirectory():
-            return bool(slicer.app.applicationLogic().SaveSceneToSlicerDataBundleDirectory(name, None))
-
-    # ---- registered readers, asked for by the tests of other modules ---
+        return bool(slicer.app.applicationLogic().SaveSceneToSlicerDataBundleDirectory(name, None))
 
     def registeredFileReaderCount(self, kind):
         return int(any(kind == t[0] for t in TYPES))

@@ -74,6 +74,7 @@ class qMRMLSliceControllerWidget(QtWidgets.QWidget):
         super().__init__(parent)
         label, offset = QtWidgets.QLabel(), QtWidgets.QLabel()
         state(self, logic=None, slice=None, label=label, offset=offset)
+        self.setAttribute(QtCore.Qt.WidgetAttribute.WA_StyledBackground)
         layout = QtWidgets.QHBoxLayout(self)
         layout.setContentsMargins(0, 0, 6, 0)
         for w in (label, offset):
@@ -82,8 +83,9 @@ class qMRMLSliceControllerWidget(QtWidgets.QWidget):
 
     def _update(self):
         node = self._d.slice
-        color = QtGui.QColor.fromRgbF(*node.GetLayoutColor())
-        self.setStyleSheet(f"background-color: {color.name()}; color: black;")
+        style = f"background-color: {QtGui.QColor.fromRgbF(*node.GetLayoutColor()).name()}; color: black;"
+        if self.styleSheet != style:
+            self.setStyleSheet(style)
         name = node.GetLayoutLabel() or node.GetLayoutName()
         self._d.label.setText(f" {name} ")
         self._d.offset.setText(f"{node.GetOrientation()}: {self._d.logic.GetSliceOffset():.1f} mm")

@@ -26,11 +26,12 @@ _NODE_ROLE = 0x100  # Qt.UserRole: the node's ID
 _ACTION_ROLE = 0x101  # what an extra item does
 
 
-_observed = {}  # (target, tag) -> callback; VTK alone does not keep a callback whose target only C++ holds alive
+# (target, tag) -> callback, finalizer. VTK alone does not keep a callback whose target only C++ holds alive.
+_observed = {}
 
 
 def observe(widget, target, event, name, *args):
-    """Call the widget's method `name` with the event's node, as long as the widget lives. Returns the tag."""
+    """Call the widget's method `name` with the event's node until the widget is gone. Returns the tag."""
     reference = weakref.ref(widget)
 
     @vtk.calldata_type(vtk.VTK_OBJECT)
@@ -42,13 +43,15 @@ def observe(widget, target, event, name, *args):
             unobserve(target, tag)
 
     tag = target.AddObserver(event, callback)
-    _observed[target, tag] = callback
+    _observed[target, tag] = callback, weakref.finalize(widget, unobserve, target, tag)
     return tag
 
 
 def unobserve(target, tag):
     target.RemoveObserver(tag)
-    _observed.pop((target, tag), None)
+    _, finalizer = _observed.pop((target, tag), (None, None))
+    if finalizer is not None:
+        finalizer.detach()
 
 
 class _SceneWidget:

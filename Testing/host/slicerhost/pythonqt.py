@@ -69,10 +69,20 @@ def call(function, args):
         code, bound = function.__func__.__code__, 1
     if code is not None and not code.co_flags & 0x04:
         args = args[: max(code.co_argcount - bound, 0)]
+    elif isinstance(function, types.BuiltinMethodType) and isinstance(function.__self__, QObject):
+        args = args[: _slot_argument_count(function, len(args))]
     try:
         function(*args)
     except BaseException:
         handle_error()
+
+
+def _slot_argument_count(slot, most):
+    """A slot of Qt as the target, `clicked.connect(dialog.accept)`, gets what one of its overloads takes."""
+    mo = slot.__self__.metaObject()
+    methods = (mo.method(i) for i in range(mo.methodCount()))
+    counts = [m.parameterCount() for m in methods if bytes(m.name().data()).decode() == slot.__name__]
+    return max((c for c in counts if c <= most), default=most)
 
 
 def normalized(signature):
@@ -484,15 +494,12 @@ class QUiLoader(QtUiTools.QUiLoader):
 
     custom = {}
 
-    def __init__(self, parent=None):
-        super().__init__(parent)
-        for cls in self.custom.values():
-            self.registerCustomWidget(cls)
-
     def load(self, device, parent=None):
         import xml.etree.ElementTree as ET
 
         root = ET.fromstring(bytes(device.readAll().data()))
+        for name in {element.get("class") for element in root.iter("widget")} & set(self.custom):
+            self.registerCustomWidget(self.custom[name])
         for element in root.iter("widget"):
             name = element.get("class")
             if name not in self.custom and not hasattr(QtWidgets, name):

@@ -129,6 +129,16 @@ class Signals(unittest.TestCase):
         self.assertEqual(b.value, 6)
         self.assertFalse(a.connect("valueChanged(int)", b, "noSuchSlot(int)"))
 
+    def test_slot_of_qt_as_target(self):
+        b, dialog, bar = qt.QPushButton(), qt.QDialog(), qt.QProgressBar()
+        b.clicked.connect(dialog.accept)
+        b.clicked.connect(dialog.setVisible)
+        s = qt.QSpinBox()
+        s.valueChanged.connect(bar.setValue)
+        b.click()
+        s.value = 7
+        self.assertEqual((dialog.result(), bar.value), (1, 7))
+
     def test_disconnect_all(self):
         got = []
         b = qt.QPushButton()
@@ -208,9 +218,14 @@ class Widgets(unittest.TestCase):
         got = []
         p = ctk.ctkPathLineEdit()
         p.connect("currentPathChanged(QString)", got.append)
+        # Whether there is such a file does not matter, and emptying the field says nothing.
         p.currentPath = "/no/such/file"
-        p.currentPath = __file__
-        self.assertEqual(got, [__file__])
+        p.currentPath = ""
+        self.assertEqual(got, ["/no/such/file"])
+        p.nameFilters = ["Weights (*.safetensors *.pt)"]
+        for path in ("/a/b.txt", "/a/b.safetensors", "/a/b.pt"):
+            p.currentPath = path
+        self.assertEqual(got[1:], ["/a/b.safetensors", "/a/b.pt"])
 
     def test_file_dialog_returns_the_path(self):
         plain = qt.QFileDialog.getSaveFileName
