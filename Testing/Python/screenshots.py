@@ -1,4 +1,4 @@
-"""Drives the panel with the phantom and writes pictures of it: idle, settings, running, result, error.
+"""Drives the panel with the phantom and writes pictures: idle, settings, running, result, error, the slice views.
 
 Run in Slicer, or outside it with ``make screenshots``:
 
@@ -10,6 +10,7 @@ the result is that of the bundled model, and the error is what a worker that was
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import slicer
@@ -31,6 +32,23 @@ def grab(panel, name):
     bottom = section.y + max(child.y + child.height for child in shown)
     path = FOLDER / f"{name}.png"
     if not widget.grab().copy(0, 0, WIDTH, bottom + 12).save(str(path)):
+        raise RuntimeError(f"{path} could not be written")
+    print(path)
+
+
+def grabWindow(panel, name):
+    """A picture of the whole application."""
+    panel.ui.ClinicalFMamba.setMinimumSize(0, 0)
+    panel.ui.ClinicalFMamba.setMaximumSize(16777215, 16777215)
+    window = slicer.util.mainWindow()
+    window.resize(1500, 880)
+    began = time.monotonic()
+    spin(lambda: time.monotonic() - began > 1)
+    for node in slicer.util.getNodesByClass("vtkMRMLSliceNode"):
+        node.JumpSliceByOffsetting(-31.0, 21.0, 46.0)  # the phantom's tumour, RAS
+    slicer.app.processEvents()
+    path = FOLDER / f"{name}.png"
+    if not window.grab().save(str(path)):
         raise RuntimeError(f"{path} could not be written")
     print(path)
 
@@ -75,6 +93,10 @@ def main():
     if p.fusedVolume is None:
         raise SystemExit(f"the fusion failed: {panel.ui.errorLabel.text}")
     grab(panel, "result")
+    panel.ui.compareButton.click()
+    grabWindow(panel, "compare")
+    panel.ui.differenceButton.click()
+    grabWindow(panel, "difference")
 
     p.fusedVolume = None
     panel.ui.fuseButton.click()
