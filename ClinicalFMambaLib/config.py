@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from .errors import InputError
 
+HEADS = ("image", "blend")
 SCANS = {2: ("four-direction", "single"), 3: ("tri-plane", "single-axis")}
 
 
@@ -27,6 +28,8 @@ class ModelConfig:
         d_conv: taps of the causal depth-wise convolution.
         scan: ``"four-direction"`` or ``"single"`` in 2D, ``"tri-plane"`` or ``"single-axis"`` in 3D.
         cmca: whether the cross-modal channel attention branch exists.
+        head: ``"image"``, the paper's sigmoid of one map, or ``"blend"``, a weighted mean of the two sources plus a
+            residual, which keeps their sharpness; see :func:`.models.clinicalfmamba.fused_from_maps`.
     """
 
     dimension: int = 2
@@ -38,6 +41,7 @@ class ModelConfig:
     d_conv: int = 4
     scan: str = ""
     cmca: bool = True
+    head: str = "image"
 
     def __post_init__(self):
         if self.dimension not in SCANS:
@@ -47,11 +51,18 @@ class ModelConfig:
         object.__setattr__(self, "dilations", tuple(self.dilations))
         if self.scan not in SCANS[self.dimension]:
             raise InputError(f"a {self.dimension}D model scans {' or '.join(SCANS[self.dimension])}, not {self.scan!r}")
+        if self.head not in HEADS:
+            raise InputError(f"a model's head is one of {', '.join(HEADS)}, not {self.head!r}")
         if len(self.channels) != 3 or len(self.dilations) != 3:
             raise InputError("channels and dilations need three values, one for each encoder level")
         numbers = (*self.channels, *self.dilations, self.d_state, self.expand, self.d_conv)
         if min(numbers) < 1 or self.mamba_layers < 0:
             raise InputError("widths, dilations and sizes must be positive; mamba_layers must not be negative")
+
+    @property
+    def head_channels(self) -> int:
+        """Maps that the head makes: the image, or the weight and the residual."""
+        return 2 if self.head == "blend" else 1
 
     @property
     def dt_rank(self) -> int:

@@ -36,7 +36,7 @@ from torch import nn
 from ..config import ModelConfig
 from ..errors import InputError
 from ..models.blocks import SLOPE
-from ..models.clinicalfmamba import STRIDE, ClinicalFMamba, pad_to_stride
+from ..models.clinicalfmamba import STRIDE, ClinicalFMamba, fused_from_maps, pad_to_stride
 from ..models.mamba import DirectionalScan
 from ..ops.scan_order import DIRECTIONS, scan_axes
 from ..ops.selective_scan import available_backends, selective_scan
@@ -102,7 +102,7 @@ class FusionPlan:
             self.ups = [
                 _Conv(*_phases(*_folded(block.conv, block.norm)), dtype, activation=True) for block in model.decoder
             ]
-            head = (model.head.weight.double(), model.head.bias.double())
+            head = _parameters(model.head)
             self.head = _Conv(_head_of_phases(head[0]), head[1].repeat(2**self.dimension), dtype)
             self.cmca = _Cmca(model, stem, head) if config.cmca else None
             pairs = list(zip(model.latent_a, model.latent_b))
@@ -260,11 +260,12 @@ class FusionPlan:
             logits = self.head(part).float()
             if branch is not None:
                 logits += branch.phases(box)
-            logits = _shuffle(logits, dimension)
+            logits = _interleave(logits, dimension)
             place = tuple((2 * low, 2 * high) for low, high in box)
             if branch is not None:
                 branch.correct_border(logits, place)
-            _view(fused, place).copy_(logits.sigmoid_())
+            a, b = _view(padded, tuple((low + 2, high + 2) for low, high in place)).split(batch)
+            _view(fused, place).copy_(fused_from_maps(logits, a, b))
 
         self._in_tiles(half, bytes_each, True, decode_tile, tick)
         return fused
@@ -476,7 +477,7 @@ def _phases(weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def _head_of_phases(weight: torch.Tensor) -> torch.Tensor:
-    """The head, (1, C, 3, 3), as (phases of the output, phases of the input × C, 2, 2)."""
+    """The head, (O, C, 3, 3), as (phases of the output × O, phases of the input × C, 2, 2)."""
     taps = _HEAD_TAPS.to(weight.device)
     if weight.dim() == 4:
         out = torch.einsum("apux,bqvy,ocxy->abouvcpq", taps, taps, weight)
@@ -486,7 +487,7 @@ def _head_of_phases(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _interleave(y: torch.Tensor, dimension: int) -> torch.Tensor:
-    """(B, phases × C, J, ...) to (B, C, 2J, ...), from the outputs 2j - 1 and 2j of each j."""
+    """(B, phases × C, J, ...) to (B, C, 2J, ...): the phases of each j become neighbours."""
     batch, channels = y.shape[:2]
     size = y.shape[2:]
     y = y.movedim(1, -1).reshape(batch, *size, *[2] * dimension, channels // 2**dimension)
@@ -495,11 +496,6 @@ def _interleave(y: torch.Tensor, dimension: int) -> torch.Tensor:
         order += [1 + axis, 1 + dimension + axis]
     y = y.permute(*order, 1 + 2 * dimension)
     return y.reshape(batch, *(2 * n for n in size), -1).movedim(-1, 1)
-
-
-def _shuffle(y: torch.Tensor, dimension: int) -> torch.Tensor:
-    """(B, phases, N, ...) to (B, 1, 2N, ...)."""
-    return _interleave(y, dimension)
 
 
 def _clear_outside(x: torch.Tensor, box: Sequence[tuple[int, int]], shape: Sequence[int]) -> torch.Tensor:
@@ -543,7 +539,7 @@ class _Cmca:
         self.reference = [(w.flatten(1).float(), w.flatten(1), b) for w, b in references]
         self.query = torch.stack([w for w, _ in queries])  # (2, C, 3, 3)
         self.query_bias = torch.stack([b for _, b in queries])  # (2, C)
-        self.head_weight, self.head_bias = head[0][0], head[1]  # (C, 3, 3)
+        self.head_weight = head[0]  # (O, C, 3, 3)
 
     def weights(self, padded: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """Channel weights (2, B, C) of both sources' features, in double precision."""
@@ -598,8 +594,8 @@ class _Branch:
         for sample in range(self.batch):
             scaled = cmca.query * weights[:, sample].reshape(2, -1, *[1] * self.dimension)  # (2, C, 3, 3)
             bias = (cmca.query_bias * weights[:, sample]).sum(0)  # (C,)
-            kernel = _full_convolution(scaled, cmca.head_weight)  # (2, 5, 5)
-            constant = (cmca.head_weight.flatten(1).sum(1) * bias).sum()
+            kernel = _full_convolution(scaled, cmca.head_weight)  # (O, 2, 5, 5)
+            constant = cmca.head_weight.flatten(2).sum(2) @ bias
             weight = _space_to_depth_kernel(kernel)
             self.convs.append(_Conv(weight, constant.repeat(2**self.dimension), torch.float32))
             self.borders.append(self._border(cmca, sample, scaled, bias))
@@ -634,10 +630,10 @@ class _Branch:
                 region = [slice(1, m + 3) if k < axis else slice(0, m + 4) for k, m in enumerate(self.shape)]
                 region[axis] = slice(n + 1, n + 4) if high else slice(0, 3)
                 beyond = shallow(source[(..., *region)])
-                taps = cmca.head_weight.narrow(1 + axis, 2 if high else 0, 1)[None]
-                head = _Conv(taps, taps.new_zeros(1), torch.float32)
+                taps = cmca.head_weight.narrow(2 + axis, 2 if high else 0, 1)
+                head = _Conv(taps, taps.new_zeros(len(taps)), torch.float32)
                 padding = [1 if k < axis else 0 for k in range(self.dimension)]
-                faces.append((axis, n - 1 if high else 0, head(beyond, padding)[0, 0]))
+                faces.append((axis, n - 1 if high else 0, head(beyond, padding)[0]))
         return faces
 
     def correct_border(self, logits: torch.Tensor, place: Box) -> None:
@@ -647,27 +643,27 @@ class _Branch:
                 low, high = place[axis]
                 if low <= index < high:
                     at = tuple((0, 1) if k == axis else p for k, p in enumerate(place))
-                    logits[sample, 0].narrow(axis, index - low, 1).sub_(_view(face, at))
+                    logits[sample].narrow(1 + axis, index - low, 1).sub_(_view(face, at))
 
 
 def _full_convolution(scaled: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """Kernel (2, 5, 5) of the convolution (2, C, 3, 3) followed by the head (C, 3, 3)."""
-    convolve = {3: F.conv2d, 4: F.conv3d}[head.dim()]
-    flipped = head.flip(tuple(range(1, head.dim())))[None]
-    return convolve(scaled, flipped, padding=2)[:, 0]
+    """Kernel (O, 2, 5, 5) of the convolution (2, C, 3, 3) followed by the head (O, C, 3, 3)."""
+    convolve = {4: F.conv2d, 5: F.conv3d}[head.dim()]
+    flipped = head.flip(tuple(range(2, head.dim())))
+    return convolve(scaled, flipped, padding=2).transpose(0, 1)
 
 
 def _space_to_depth_kernel(kernel: torch.Tensor) -> torch.Tensor:
-    """A 5×5 kernel (2, 5, 5) on 2×2 blocks of voxels: (phases of the output, 2 × phases of the input, 3, 3)."""
+    """A 5×5 kernel (O, 2, 5, 5) on 2×2 blocks of voxels: (phases of the output × O, 2 × phases of the input, 3, 3)."""
     taps = torch.zeros(2, 2, 3, 5, dtype=kernel.dtype, device=kernel.device)  # [out, in, block, tap]
     for out, inside, block in itertools.product(range(2), range(2), range(3)):
         tap = 2 * (block - 1) + inside - out + 2
         if 0 <= tap < 5:
             taps[out, inside, block, tap] = 1
-    if kernel.dim() == 3:
-        return torch.einsum("apux,bqvy,mxy->abmpquv", taps, taps, kernel).flatten(0, 1).flatten(1, 3)
-    out = torch.einsum("apux,bqvy,drwz,mxyz->abdmpqruvw", taps, taps, taps, kernel)
-    return out.flatten(0, 2).flatten(1, 4)
+    if kernel.dim() == 4:
+        return torch.einsum("apux,bqvy,omxy->abompquv", taps, taps, kernel).flatten(0, 2).flatten(1, 3)
+    out = torch.einsum("apux,bqvy,drwz,omxyz->abdompqruvw", taps, taps, taps, kernel)
+    return out.flatten(0, 3).flatten(1, 4)
 
 
 # -------------------------------------------------------------------------------------------------- Mamba

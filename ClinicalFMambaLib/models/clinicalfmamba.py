@@ -49,7 +49,7 @@ class ClinicalFMamba(nn.Module):
         self.cmca_ba = CrossModalChannelAttention(dimension, channels[0]) if config.cmca else None
         down = tuple(reversed(widths))
         self.decoder = nn.Sequential(*(UpsampleBlock(dimension, i, o) for i, o in zip(down, down[1:])))
-        self.head = conv(channels[0], 1, 3, padding=1)
+        self.head = conv(channels[0], config.head_channels, 3, padding=1)
 
     def set_scan_backend(self, backend: str) -> None:
         """Choose the selective scan's backend for all layers; see :func:`..ops.selective_scan.selective_scan`."""
@@ -84,8 +84,23 @@ class ClinicalFMamba(nn.Module):
         features = self.decoder(self.fuse_tokens(deep_a, deep_b))
         if self.cmca_ab is not None:
             features = features + self.cmca_ab(shallow_a, shallow_b) + self.cmca_ba(shallow_b, shallow_a)
-        fused = torch.sigmoid(self.head(features))
+        fused = fused_from_maps(self.head(features), a, b)
         return fused[(..., *(slice(n) for n in size))]
+
+
+def fused_from_maps(maps: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The fused image from what the head makes.
+
+    One map: its sigmoid, as in the paper. Two maps w, r: σ(w)·A + (1 - σ(w))·B + r, cut to [0, 1]. The decoder's last
+    nonlinear features are at half the resolution and the full-resolution branch (CMCA) is linear in the sources, so a
+    single map cannot choose between two sharp edges; a weight can.
+
+    Shape: maps (B, 1 or 2, ...), sources (B, 1, ...); returns (B, 1, ...).
+    """
+    if maps.shape[1] == 1:
+        return torch.sigmoid(maps)
+    weight, residual = maps.split(1, 1)
+    return torch.lerp(b, a, torch.sigmoid(weight)).add(residual).clamp(0, 1)
 
 
 def pad_to_stride(x: torch.Tensor, stride: int = STRIDE) -> torch.Tensor:

@@ -31,7 +31,11 @@ def network(dimension: int, seed: int = 0, **options) -> ClinicalFMamba:
         if model.cmca_ab is not None:
             model.cmca_ab.query.weight.mul_(3)
             model.cmca_ba.query.weight.mul_(3)
-        model.head.bias.sub_(torch.logit(model(*pair(*[24] * dimension)), 1e-6).mean())
+        maps = []
+        hook = model.head.register_forward_hook(lambda module, inputs, output: maps.append(output))
+        model(*pair(*[24] * dimension))
+        hook.remove()
+        model.head.bias.sub_(maps[0].transpose(0, 1).flatten(1).mean(1))
     return model
 
 
@@ -56,6 +60,9 @@ CASES = [
     (3, (16, 16, 16), 2, {"cmca": False}),
     (3, (40, 32, 24), 1, {"scan": "single-axis"}),
     (3, (32, 24, 40), 1, {"mamba_layers": 0}),
+    (2, (40, 61), 2, {"head": "blend"}),
+    (2, (32, 48), 1, {"head": "blend", "cmca": False}),
+    (3, (17, 24, 33), 1, {"head": "blend"}),
 ]
 
 

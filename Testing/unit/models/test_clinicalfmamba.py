@@ -9,7 +9,13 @@ import torch
 
 from ClinicalFMambaLib.config import SCANS, ModelConfig
 from ClinicalFMambaLib.errors import InputError
-from ClinicalFMambaLib.models.clinicalfmamba import ClinicalFMamba, count_flops, count_parameters, pad_to_stride
+from ClinicalFMambaLib.models.clinicalfmamba import (
+    ClinicalFMamba,
+    count_flops,
+    count_parameters,
+    fused_from_maps,
+    pad_to_stride,
+)
 
 SMALL = {"channels": (4, 4, 8), "mamba_layers": 1, "d_state": 4}
 
@@ -39,6 +45,23 @@ def test_every_parameter_takes_part_in_the_forward_pass(dimension):
     unused = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     # a bias in front of a global pool plus sigmoid, or a scan's skip, may be tiny but never exactly without effect
     assert unused == []
+
+
+@pytest.mark.parametrize("dimension", [2, 3])
+def test_a_head_that_has_learnt_nothing_blends_to_the_average(dimension):
+    model = small(dimension, head="blend")
+    torch.nn.init.zeros_(model.head.weight)
+    torch.nn.init.zeros_(model.head.bias)
+    a, b = torch.rand(2, 2, 1, *[20] * dimension)
+    with torch.no_grad():
+        torch.testing.assert_close(model(a, b), (a + b) / 2)
+
+
+def test_the_blend_chooses_a_source_adds_the_residual_and_stays_in_range():
+    a, b = torch.tensor([0.2, 0.2, 0.9]), torch.tensor([0.6, 0.6, 0.8])
+    maps = torch.tensor([[30.0, -30.0, 0.0], [0.0, 0.1, 0.5]])
+    fused = fused_from_maps(maps[None], a[None, None], b[None, None])
+    torch.testing.assert_close(fused, torch.tensor([[[0.2, 0.7, 1.0]]]))
 
 
 @pytest.mark.parametrize("dimension, low, high", [(2, 2.5e6, 3.5e6), (3, 3.5e6, 4.5e6)])
