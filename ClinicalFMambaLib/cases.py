@@ -221,14 +221,37 @@ def _common_sources(data: Path, held: dict[Path, list[Path]]) -> tuple[str, ...]
     return tuple(sorted(common, key=lambda name: modality_of_name(name) in FUNCTIONAL))
 
 
-def _from_table(path: Path, order: Sequence[str]) -> Listing:
+def read_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Column names of a CSV table as they are written, and each row's line with its cells by lower-case column name.
+
+    Commas, semicolons (as spreadsheets write them where the comma is in numbers) and tabs separate cells. Empty lines
+    are left out; missing cells at the end of a row are empty.
+
+    Raises:
+        InputError: the file is missing or no CSV table, a column is there twice, or a row has more cells than columns.
+    """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = [name.strip() for name in reader.fieldnames or []]
-            rows = [dict(zip(columns, (str(v or "").strip() for v in row.values()))) for row in reader]
+            head = file.readline()
+            file.seek(0)
+            reader = csv.reader(file, delimiter=max(",;\t", key=head.count), strict=True)
+            lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read as a CSV table ({error}); save it as UTF-8 CSV") from error
+    (_, columns), *rows = [(line, row) for line, row in lines if any(row)] or [(1, [])]
+    names = [name.lower() for name in columns]
+    if double := [name for name in columns if names.count(name.lower()) > 1]:
+        raise InputError(f"{path}: the column {double[0]!r} is there twice")
+    for line, row in rows:
+        if any(row[len(names) :]):
+            raise InputError(
+                f"{path}, line {line}: {len(row)} cells for {len(names)} columns; put quotes around a cell with a comma"
+            )
+    return columns, [(line, dict(zip(names, row + [""] * len(names)))) for line, row in rows]
+
+
+def _from_table(path: Path, order: Sequence[str]) -> Listing:
+    columns, rows = read_rows(path)
     names = {name.lower(): name for name in columns if name.lower() not in ("patient", "case")}
     wanted = [name.lower() for name in order] or list(names)
     missing = [name for name in wanted if name not in names]
@@ -238,8 +261,7 @@ def _from_table(path: Path, order: Sequence[str]) -> Listing:
             f"{path}: expected the columns patient, {expected} (and case, if wanted); found {', '.join(columns)}"
         )
     cases, problems = [], []
-    for line, row in enumerate(rows, start=2):
-        lower = {key.lower(): value for key, value in row.items()}
+    for line, lower in rows:
         keys = order or [names[name] for name in wanted]
         paths = {key: path.parent / lower[name] for key, name in zip(keys, wanted)}
         absent = [str(p) for key, p in paths.items() if not lower[key.lower()] or not p.exists()]

@@ -144,26 +144,33 @@ _DATA = "DIR/MRI beside DIR/{CT,PET,SPECT}, NAME.png in each; or one folder a ca
 _SOURCES = "Names of the two sources, the anatomical one first; found by default."
 
 
+_Model = Annotated[str, typer.Option(metavar="NAME|PATH", help="Bundled model or .safetensors file.")]
+_Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda|mps")]
+_WindowA = Annotated[str, typer.Option(metavar="LO,HI", help="Also auto; for CT in HU brain, bone, soft, full.")]
+_WindowB = Annotated[str, typer.Option(metavar="LO,HI")]
+_ModalityA = Annotated[str, typer.Option(metavar="CT|MR|SPECT|PET", help="Read or guessed by default.")]
+_ModalityB = Annotated[str, typer.Option(metavar="CT|MR|SPECT|PET")]
+_Plane = Annotated[str, typer.Option(metavar="auto|axial|coronal|sagittal", help="Of the slices that a 2D model sees.")]
+_Resample = Annotated[
+    bool, typer.Option("--resample/--no-resample", help="Interpolate B onto A's grid if they differ.")
+]
+_MaxMemory = Annotated[float | None, typer.Option(metavar="GIB", help="Bound on the network's memory.")]
+
+
 @app.command()
 def fuse(
     a: Annotated[Path, typer.Argument(metavar="A", help="Volume, image or DICOM folder; the result lies on its grid.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="The other one, registered to A.")],
     out: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="nrrd, nii, nii.gz, mha; png, jpg, tif.")],
-    model: Annotated[str, typer.Option(metavar="NAME|PATH", help="Bundled model or .safetensors file.")] = "auto",
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|mps")] = "auto",
-    window_a: Annotated[
-        str, typer.Option(metavar="LO,HI", help="Also auto; for CT in HU brain, bone, soft, full.")
-    ] = "auto",
-    window_b: Annotated[str, typer.Option(metavar="LO,HI")] = "auto",
-    modality_a: Annotated[str, typer.Option(metavar="CT|MR|SPECT|PET", help="Read or guessed by default.")] = "",
-    modality_b: Annotated[str, typer.Option(metavar="CT|MR|SPECT|PET")] = "",
-    plane: Annotated[
-        str, typer.Option(metavar="auto|axial|coronal|sagittal", help="Of the slices that a 2D model sees.")
-    ] = "auto",
-    resample: Annotated[
-        bool, typer.Option("--resample/--no-resample", help="Interpolate B onto A's grid if they differ.")
-    ] = False,
-    max_memory: Annotated[float | None, typer.Option(metavar="GIB", help="Bound on the network's memory.")] = None,
+    model: _Model = "auto",
+    device: _Device = "auto",
+    window_a: _WindowA = "auto",
+    window_b: _WindowB = "auto",
+    modality_a: _ModalityA = "",
+    modality_b: _ModalityB = "",
+    plane: _Plane = "auto",
+    resample: _Resample = False,
+    max_memory: _MaxMemory = None,
     preview: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Also write A, B and the result as a picture.")
     ] = None,
@@ -183,6 +190,7 @@ def fuse(
         resample=resample,
         max_memory_gib=max_memory,
     )
+    from .outputs import write_result
     from .volumes import read_volume
 
     _check_outputs(out, preview, report, (a, b))
@@ -195,7 +203,7 @@ def fuse(
 
     with _progress_bar() as progress:
         result = FusionEngine().fuse(volume_a, volume_b, options, progress)
-    _write_result(result, out)
+    write_result(result.volume, result.fused, result.metadata(), out)
     if preview is not None:
         from .preview import save_fusion
 
@@ -232,18 +240,6 @@ def _check_fits(out: Path, a) -> None:
         raise InputError(f"{out}: {suffix_of(out)[1:]} holds one slice, {a.name} has {a.shape[0]}; write a .nrrd")
 
 
-def _write_result(result, out: Path) -> None:
-    from dataclasses import replace
-
-    from .preview import to_uint8
-    from .volumes import IMAGE_SUFFIXES, suffix_of, write_volume
-
-    volume, metadata = result.volume, result.metadata()
-    if suffix_of(out) in IMAGE_SUFFIXES and volume.array.dtype != "uint8":
-        volume, metadata["scale"] = replace(volume, array=to_uint8(result.fused)), "255 x network output"
-    write_volume(volume, out, metadata)
-
-
 def _summarise(result, out: Path, preview: Path | None, report: Path | None) -> None:
     p = result.provenance
     lines = [
@@ -261,6 +257,107 @@ def _summarise(result, out: Path, preview: Path | None, report: Path | None) -> 
     for name, value in lines:
         print(f"{name + ':':10}{value}")
     print(NOTICE)
+
+
+@app.command()
+def batch(
+    cases: Annotated[
+        Path,
+        typer.Argument(metavar="CASES.csv", help="Columns a, b; if wanted name, model, window_a, ..."),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--output", metavar="DIR")],
+    model: _Model = "auto",
+    device: _Device = "auto",
+    window_a: _WindowA = "auto",
+    window_b: _WindowB = "auto",
+    modality_a: _ModalityA = "",
+    modality_b: _ModalityB = "",
+    plane: _Plane = "auto",
+    resample: _Resample = False,
+    max_memory: _MaxMemory = None,
+    format: Annotated[
+        str, typer.Option(metavar="nrrd|nii.gz|mha|png|...", help="By default .nrrd, and .png for images.")
+    ] = "auto",
+    preview: Annotated[bool, typer.Option("--preview", help="Also draw NAME.preview.png for each case.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Fuse finished cases again.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that read and write, for each device.")] = 2,
+    devices: Annotated[str, typer.Option(metavar="N|auto|0,1", help="GPUs, or processes on the CPU.")] = "1",
+    num_nodes: Annotated[int, typer.Option(min=1, help="Machines, as Lightning and SLURM count them.")] = 1,
+    strategy: Annotated[str, typer.Option(help="Lightning's, such as ddp.")] = "auto",
+) -> None:
+    """Fuse many pairs; a failure stops only its own case, and a second call does what is left."""
+    from .batch import (
+        FORMATS,
+        TABLE,
+        Layout,
+        check_settings,
+        raise_failures,
+        read_cases,
+        run_batch,
+        run_on_devices,
+        write_table,
+    )
+    from .config import FusionOptions
+
+    if format not in FORMATS:
+        raise InputError(f"format {format!r} is unknown; use one of {', '.join(FORMATS)}")
+    if cases.resolve() == (out / TABLE).resolve():
+        raise InputError(f"{cases} is where the table of results goes; choose another folder, or rename it")
+    options = FusionOptions(
+        model=model,
+        device=device,
+        window_a=window_a,
+        window_b=window_b,
+        modality_a=modality_a,
+        modality_b=modality_b,
+        plane=plane,
+        resample=resample,
+        max_memory_gib=max_memory,
+    )
+    table = read_cases(cases, options)
+    if preview:
+        require("PIL.Image", "--preview", "pillow")
+    _require_engine()
+    from .inference.device import choose_device
+    from .inference.engine import FusionEngine
+    from .pretrained import find_weights
+
+    for choice in {case.options.model for case in table} - {"auto"}:
+        find_weights(choice)
+    engine = FusionEngine(device)
+    log.parent.setLevel(logging.INFO)
+    _make_folder(out)
+    layout = Layout(out, format, preview)
+    alone = devices == "1" and num_nodes == 1
+
+    def run(part):
+        known = []
+
+        def report(outcome) -> None:
+            known.append(outcome)
+            words = {"fused": f"fused in {outcome.seconds:.1f} s", "failed": f"FAILED: {outcome.error}"}
+            log.info("%s (%d of %d): %s", outcome.case, len(known), len(part), words.get(outcome.status, "finished"))
+            if alone:  # a table of what is done so far
+                write_table(known, out)
+
+        with _progress_bar() as progress:
+            return run_batch(engine, part, layout, jobs=jobs, overwrite=overwrite, progress=progress, report=report)
+
+    if alone:
+        outcomes = run(table)
+    else:
+        require("lightning", "several devices", "lightning>=2.6")
+        if not overwrite:  # here, so that one process says it
+            check_settings(table, layout)
+        accelerator = choose_device(device)[0].type
+        outcomes = run_on_devices(run, table, accelerator, devices, num_nodes, strategy)
+        if outcomes is None:  # the first process speaks for all
+            return
+    results = write_table(outcomes, out)
+    counts = [(word, sum(o.status == word for o in outcomes)) for word in ("fused", "skipped", "failed")]
+    print(f"{', '.join(f'{count} {word}' for word, count in counts if count)}: {results}")
+    print(NOTICE)
+    raise_failures(outcomes, results)
 
 
 @app.command()

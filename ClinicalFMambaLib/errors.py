@@ -29,6 +29,10 @@ class Cancelled(ClinicalFMambaError):
     """The caller asked to stop; nothing was written."""
 
 
+class BatchError(ClinicalFMambaError):
+    """Some cases of a batch failed; the others are done."""
+
+
 class TrainingError(ClinicalFMambaError):
     """Training cannot go on."""
 
