@@ -527,7 +527,8 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         for button in (self.ui.compareButton, self.ui.differenceButton, self.ui.reportButton):
             button.enabled = has
         if has:
-            self.ui.resultLabel.text = node.GetName()
+            # A long name without spaces breaks where its words end.
+            self.ui.resultLabel.text = node.GetName().replace("_", "_\u200b")
             self.ui.resultDetailLabel.text = _(
                 "{model} on {device}, {modalityA} with {modalityB}, scale {scale}"
             ).format(

@@ -518,9 +518,9 @@ class Installing(LogicTestCase):
         before = os.environ.get("PIP_CONSTRAINT")
         with self.assertRaises(requirements.InstallationError):
             needed.ensure()
-        for pins in (self.pip[0][1], self.torch[0][1]):
-            self.assertIn(f"numpy=={importlib.metadata.version('numpy')}\n", pins)
-            self.assertIn(f"SimpleITK=={importlib.metadata.version('SimpleITK')}\n", pins)
+        for name in ("numpy", "SimpleITK"):
+            for pins in (self.pip[0][1], self.torch[0][1]):
+                self.assertIn(f"{name}=={importlib.metadata.version(name)}\n", pins)
         self.assertEqual(os.environ.get("PIP_CONSTRAINT"), before)
 
     def test_pip_obeys_in_a_folder_with_a_space(self):
@@ -535,7 +535,7 @@ class Installing(LogicTestCase):
             finally:
                 tempfile.tempdir = kept
         self.assertNotEqual(done.returncode, 0)
-        self.assertIn("The user requested (constraint) numpy", done.stdout + done.stderr)
+        self.assertIn("constraint", done.stdout + done.stderr)
 
     def test_versions_are_compared_as_numbers(self):
         for minimum, met in (("0.1", True), ("999", False)):

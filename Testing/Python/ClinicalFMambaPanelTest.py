@@ -239,7 +239,9 @@ class Showing(PanelTestCase):
             slicer.mrmlScene.Clear()
             self.assertEqual(second.ui.fuseButton.toolTip, "Choose volume A")
         finally:
+            # As Slicer does it where it reloads a module.
             second.cleanup()
+            slicer.app.moduleManager().disconnect("moduleAboutToBeUnloaded(QString)", second._onModuleAboutToBeUnloaded)
             second.parent.deleteLater()
 
 
