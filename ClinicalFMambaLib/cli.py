@@ -608,7 +608,6 @@ def score(
 def _require_evaluation() -> None:
     _require_engine()
     for module, package in (
-        ("skimage", "scikit-image"),
         ("torchmetrics", "torchmetrics"),
         ("pywt", "PyWavelets"),
         ("PIL", "pillow"),

@@ -175,6 +175,15 @@ def test_one_slice_is_an_image(name):
     assert function(*(image[None] for image in images())) == function(*images())
 
 
+@pytest.mark.parametrize("shape", [(64, 80), (11, 11), (16, 24, 20)])
+def test_ssim_is_that_of_scikit_image(shape):
+    similarity = pytest.importorskip("skimage.metrics").structural_similarity
+    fused, a, b = np.random.default_rng(0).random((3, *shape))
+    options = {"data_range": 1.0, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    expected = np.mean([similarity(source, fused, **options) for source in (a, b)])
+    assert METRICS["SSIM"].function(fused, a, b) == pytest.approx(expected, abs=1e-12)
+
+
 @pytest.mark.parametrize("name", ["SSIM", "MS-SSIM"])
 def test_few_slices(name):
     fused, a, b = volume(4)
