@@ -189,7 +189,9 @@ class Pictures(pl.Callback):
 
 
 class StopOnSignal(pl.Callback):
-    """SIGTERM and Ctrl-C: finish the step, write the checkpoint, and end with :class:`Stopped`.
+    """SIGTERM, SIGUSR1 and Ctrl-C: finish the step, write the checkpoint, and end with :class:`Stopped`.
+
+    SIGUSR1 is what SLURM jobs are commonly told of their end with (``--signal=USR1@120``).
 
     In the last step of an epoch the epoch is finished first, without the rest of its validation. A second Ctrl-C ends
     at once.
@@ -202,8 +204,9 @@ class StopOnSignal(pl.Callback):
     def on_train_start(self, trainer, module) -> None:
         # In place of Lightning's own handlers, which end without writing anything; it restores them all afterwards.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._receive)
+            for name in ("SIGTERM", "SIGINT", "SIGUSR1"):  # Windows has no SIGUSR1
+                if number := getattr(signal, name, None):
+                    signal.signal(number, self._receive)
 
     def _receive(self, number, frame) -> None:
         if self.received == signal.SIGINT == number:

@@ -8,7 +8,6 @@ import math
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
 from scipy import stats
 
 from ClinicalFMambaLib import NOTICE
@@ -29,15 +28,8 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pairs")
-    rng = np.random.default_rng(0)
-    for modality in ("MRI", "CT"):
-        (folder / modality).mkdir()
-        for name in ("1001", "2001", "3001"):
-            image = rng.integers(0, 255, (48, 48), dtype=np.uint8)
-            sitk.WriteImage(sitk.GetImageFromArray(image), str(folder / modality / f"{name}.png"))
-    return folder
+def data(tmp_path_factory, write_pairs):
+    return write_pairs(tmp_path_factory.mktemp("pairs"))
 
 
 @pytest.fixture(scope="module")
