@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 from ClinicalFMambaLib import NOTICE
+from ClinicalFMambaLib.config import ModelConfig
 from ClinicalFMambaLib.errors import InputError
 from ClinicalFMambaLib.evaluation.evaluate import Row
 from ClinicalFMambaLib.training import ablate as ablation
@@ -20,6 +21,7 @@ from ClinicalFMambaLib.training.train import load_preset
 TINY = [
     "model.channels=[4, 4, 8]",
     "model.mamba_layers=1",
+    "model.head=image",
     "data.crop=16",
     "training.steps=1",
     "training.steps_per_epoch=1",
@@ -39,14 +41,19 @@ def done(data, tmp_path_factory):
 
 
 def test_variants_change_one_thing_each():
-    assert variants(2) == {"full": {}, "without CMCA": {"cmca": False}, "single-direction scan": {"scan": "single"}}
-    assert list(variants(3).items())[2] == ("single-axis scan", {"scan": "single-axis"})
+    assert variants(ModelConfig(dimension=2)) == {
+        "full": {},
+        "without CMCA": {"cmca": False},
+        "single-direction scan": {"scan": "single"},
+    }
+    assert list(variants(ModelConfig(dimension=3)).items())[2] == ("single-axis scan", {"scan": "single-axis"})
+    assert variants(ModelConfig(dimension=2, head="blend"))["image head"] == {"head": "image"}
 
 
 def test_each_variant_sees_the_same_patients_and_seeds(done):
     out, rows = done
     assert [(row.method, row.patient) for row in rows] == [
-        (variant, seed) for seed in ("3407", "3408") for variant in variants(2)
+        (variant, seed) for seed in ("3407", "3408") for variant in variants(ModelConfig(dimension=2))
     ]
     for seed in ("3407", "3408"):
         records = [json.loads((p / "tiny.json").read_text()) for p in sorted(out.glob(f"*/seed-{seed}"))]
