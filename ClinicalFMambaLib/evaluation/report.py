@@ -52,12 +52,19 @@ def evaluate_data(
     metrics: Sequence[str] = STANDARD,
     peers: Mapping[str, Path] | None = None,
     jobs: int | None = None,
+    readers: int = 0,
 ) -> list[Row]:
     """Measure a model on cases of ``data`` and write the report, the tables and the fused images into ``out``.
 
     See :func:`.evaluate.evaluate` for the arguments and errors. The fused images are ``out/fused/CASE.png`` or
     ``.nii.gz``.
+
+    Args:
+        readers: cases of a blinded reader study (:mod:`.reader_study`); 0 for none.
     """
+    from .reader_study import ReaderStudy
+
+    study = ReaderStudy(cases, readers, order, out) if readers else None
     report = Report(f"Fusion of {order[0]} with {order[1]}: {MODEL} against baseline fusions", order)
     report.facts["model"] = model
     if model != "auto":
@@ -76,12 +83,16 @@ def evaluate_data(
 
     def keep(measured: Measured) -> None:
         report.keep(measured)
+        if study:
+            study.keep(measured)
         volume = measured.result.volume
         suffix = ".png" if volume.is_image else ".nii.gz"
         write_volume(volume, folder / f"{measured.case.name}{suffix}", measured.result.metadata())
 
     rows = evaluate(engine, model, cases, order, metrics=metrics, keep=keep, peers=peers, jobs=jobs)
     report.write(rows, out)
+    if study:
+        study.write(rows)
     return rows
 
 
