@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import signal
 import threading
@@ -270,7 +271,7 @@ class SafeCheckpoints(TorchCheckpointIO):
         path = Path(path)
         with replacing(path) as temporary:
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                torch.save(checkpoint, temporary)
-            except RuntimeError as error:  # torch's own writer reports a full disk as one
-                raise OSError(str(error).splitlines()[0]) from error
+            # through memory: torch's own writer hides the reason when the disk is full
+            buffer = io.BytesIO()
+            torch.save(checkpoint, buffer)
+            temporary.write_bytes(buffer.getbuffer())

@@ -378,14 +378,17 @@ def _trainer(preset, settings: TrainingOptions, source: DataOptions, out: Path, 
 @contextlib.contextmanager
 def _lightning_quiet() -> Iterator[None]:
     """Lightning's advice for programmers is not for users, and its progress bar belongs on stderr."""
-    log, level = logging.getLogger("lightning.pytorch"), logging.getLogger("lightning.pytorch").level
-    log.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    levels = [log.level for log in loggers]
+    for log in loggers:
+        log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(loggers, levels):
+            log.setLevel(level)
 
 
 def _load_checkpoint(path: Path) -> dict:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
@@ -180,11 +181,11 @@ def test_a_full_disk_leaves_the_last_checkpoint(data, whole, tmp_path, monkeypat
     with monkeypatch.context() as patch:
 
         def fill():
-            def full(checkpoint, path):
-                path.write_bytes(b"half a")
+            def full(path, data):
+                path.write_text("half a")
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-            patch.setattr(torch, "save", full)
+            patch.setattr(Path, "write_bytes", full)
 
         at_step(patch, FusionModule, "training_step", 1, 0, fill)
         with pytest.raises(OutputError, match="No space left"):
