@@ -124,13 +124,15 @@ def save_example(path: Path, example: Example) -> Path:
 
 
 def _framed(picture: np.ndarray, shape: tuple[int, ...], box: tuple[slice, slice]) -> np.ndarray:
-    """RGB with a thin yellow frame around the box, which is given in pixels of ``shape``."""
+    """RGB with a thin yellow frame, lined with black, around the box, which is given in pixels of ``shape``."""
     rgb = np.repeat(picture[..., None], 3, axis=-1) if picture.ndim == 2 else picture.copy()
     factor = rgb.shape[0] / shape[0]
-    top, bottom = round(box[0].start * factor), round(box[0].stop * factor) - 1
-    left, right = round(box[1].start * factor), round(box[1].stop * factor) - 1
-    for line in ((slice(top, bottom + 1), [left, right]), ([top, bottom], slice(left, right + 1))):
-        rgb[line] = (255, 210, 0)
+    starts, stops = ([round(getattr(side, end) * factor) for side in box] for end in ("start", "stop"))
+    for inset, colour in ((-1, 0), (1, 0), (0, (255, 210, 0))):
+        top, left = (max(0, start + inset) for start in starts)
+        bottom, right = (min(n, stop - inset) - 1 for n, stop in zip(rgb.shape, stops))
+        for line in ((slice(top, bottom + 1), [left, right]), ([top, bottom], slice(left, right + 1))):
+            rgb[line] = colour
     return rgb
 
 
