@@ -259,7 +259,7 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             if self._parameterNode.model == "file":
                 self.ui.modelFileEdit.addCurrentPathToHistory()
             self.logic.fuse(**self.fuseArguments())
-        except (ValueError, FusionError, InstallationError) as error:
+        except (ValueError, OSError, FusionError, InstallationError) as error:
             self._showError(error)
         self._update()
 
