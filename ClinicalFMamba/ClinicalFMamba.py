@@ -119,6 +119,7 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.setLogic(ClinicalFMambaLogic())
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.StartCloseEvent, self.onSceneStartClose)
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndCloseEvent, self.onSceneEndClose)
+        self.addObserver(slicer.mrmlScene, slicer.mrmlScene.StartImportEvent, self.onSceneStartImport)
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndImportEvent, self.onSceneEndImport)
         # Before the selectors, which take the next volume for one that is removed: it would be overwritten.
         self.addObserver(
@@ -184,8 +185,11 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if self._isEntered:
             self.initializeParameterNode()
 
+    def onSceneStartImport(self, caller, event):
+        # Node selectors forget their node when a scene is added, and would have the parameter node forget it, too.
+        self.setParameterNode(None)
+
     def onSceneEndImport(self, caller, event):
-        # While it was read, some of the nodes that it refers to were not there yet.
         if self._isEntered:
             self.initializeParameterNode()
 
@@ -255,7 +259,7 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             if self._parameterNode.model == "file":
                 self.ui.modelFileEdit.addCurrentPathToHistory()
             self.logic.fuse(**self.fuseArguments())
-        except (ValueError, FusionError, InstallationError) as error:
+        except (ValueError, OSError, FusionError, InstallationError) as error:
             self._showError(error)
         self._update()
 
@@ -433,7 +437,7 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def _problem(self):
         p = self._parameterNode
         if not p:
-            return _("The scene is being closed")
+            return _("The scene is being closed or loaded")
         if self.logic.requirements.isInstalling:
             return _("Packages are being installed, which may take minutes")
         for label, window, low, high in (

@@ -184,7 +184,7 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         self._count += 1
         identity = f"{os.getpid()}-{self._count}"
         folder = self._scratchFolder() / identity
-        folder.mkdir()
+        folder.mkdir(parents=True)  # some systems clean the temporary folder of a Slicer that runs for days
         pair = volume_nodes.relate(volumeA, volumeB)
         request = {
             "command": "fuse",
@@ -515,6 +515,10 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
                     return
         except StopIteration:
             job.steps = None
+            return
+        except OSError as error:
+            reason = _("The volumes could not be handed over to the fusion process or back: {reason}")
+            self._fail(FusionError(reason.format(reason=error.strerror or error), "Internal", "again"))
             return
         except Exception as error:
             logging.exception("ClinicalFMamba: the fusion failed inside Slicer")

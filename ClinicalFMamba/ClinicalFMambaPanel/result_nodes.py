@@ -13,8 +13,8 @@ from .volume_nodes import isColour, matrixOf
 VOLUME_A, VOLUME_B = "clinicalFMambaVolumeA", "clinicalFMambaVolumeB"
 PROVENANCE, METRICS = "clinicalFMambaProvenance", "clinicalFMambaMetrics"
 CLASSIFICATION, DIFFERENCE = "clinicalFMambaClassification", "clinicalFMambaDifference"
-# Companions say whose they are: a copy of a result refers to the original's.
-COMPANIONS, RESULT = (PROVENANCE, METRICS, CLASSIFICATION, DIFFERENCE), "clinicalFMambaResult"
+# With it, what belongs to a result says whose it is: a copy of a result refers to the original's.
+RESULT = "clinicalFMambaResult"
 AUTOMATIC_NAME, NAMED_FOR = "ClinicalFMamba.automaticName", "ClinicalFMamba.namedFor"
 GREY = "vtkMRMLColorTableNodeGrey"
 DIFFERENCE_COLOURS = "ClinicalFMambaDifference"
@@ -189,8 +189,9 @@ def _companion(output, role, className, name):
 
 def companionsOf(node):
     """The nodes that have no meaning without this one; none where it is no result."""
-    companions = [node.GetNodeReference(role) for role in COMPANIONS]
-    return [c for c in companions if c is not None and c.GetNodeReferenceID(RESULT) == node.GetID()]
+    roles = [node.GetNthNodeReferenceRole(index) for index in range(node.GetNumberOfNodeReferenceRoles())]
+    nodes = [node.GetNodeReference(role) for role in roles if role.startswith("clinicalFMamba")]
+    return [n for n in nodes if n is not None and n.GetNodeReferenceID(RESULT) == node.GetID()]
 
 
 def _removeCompanion(output, role):

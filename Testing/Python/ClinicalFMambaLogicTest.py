@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -385,6 +386,18 @@ class Failing(LogicTestCase):
         logic = ClinicalFMambaLogic(requirements=NothingMissing(), workerCommand=lambda: ["/no/such/program"])
         self.addCleanup(logic.cleanup)
         self.assertEqual(self.fail(logic).kind, "notStarted")
+
+    def test_disk(self):
+        """The temporary folder is gone in the middle; the next fusion makes it anew."""
+        logic = self.logic("--seconds", "0.5")
+        outcomes = Outcomes(logic)
+        logic.fuse(self.a, self.b)
+        shutil.rmtree(logic._scratch)
+        name, error = outcomes.next()
+        self.assertEqual((name, error.retry), ("failed", "again"))
+        self.assertIn("could not be handed over", str(error))
+        self.assertSceneUnchanged()
+        self.assertFused(logic.fuse(self.a, self.b, waitForCompletion=True))
 
     def test_input_error_in_the_workers_words(self):
         flat = addVolume("flat", np.zeros((20, 30, 40, 3), np.uint8))

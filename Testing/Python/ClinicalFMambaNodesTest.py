@@ -69,6 +69,14 @@ class Reading(NodeTestCase):
         node = addVolume("A", np.zeros((16, 512, 512), np.float32))
         self.assertEqual(exhaust(volume_nodes.writeArray(node, self.path())), 4)
 
+    def test_a_full_disk_is_an_error_and_not_the_end(self):
+        if not Path("/dev/full").exists():
+            self.skipTest("no device that is always full on this system")
+        a, b = addVolume("A"), addVolume("B")
+        for generator in (volume_nodes.writeArray(a, "/dev/full"), volume_nodes.writeMovedArray(a, b, "/dev/full")):
+            with self.assertRaisesRegex(OSError, "No space left"):
+                exhaust(generator)
+
     def test_problems(self):
         empty = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", "nothing")
         self.assertIn("nothing) is empty", volume_nodes.problemOf(empty, "A"))

@@ -625,6 +625,23 @@ class Scenes(PanelTestCase):
         self.assertTrue(self.ui.compareButton.enabled)
         self.assertTrue(self.ui.fuseButton.enabled, self.ui.fuseButton.toolTip)
 
+    def test_choices_survive_a_scene_that_is_added(self):
+        a, b = self.choose()
+        fused = self.fuse()
+        with tempfile.TemporaryDirectory() as folder:
+            scene = slicer.vtkMRMLScene()
+            scene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", "another")
+            scene.SetURL(str(Path(folder) / "added.mrml"))
+            self.assertTrue(scene.Commit())
+            slicer.mrmlScene.SetURL(scene.GetURL())
+            self.assertTrue(slicer.mrmlScene.Import())
+        p = self.panel._parameterNode
+        self.assertIsNotNone(slicer.mrmlScene.GetFirstNodeByName("another"))
+        self.assertEqual((p.volumeA, p.volumeB, p.fusedVolume), (a, b, fused))
+        for selector, node in ((self.ui.volumeASelector, a), (self.ui.volumeBSelector, b)):
+            self.assertIs(selector.currentNode(), node)
+        self.assertTrue(self.ui.fuseButton.enabled, self.ui.fuseButton.toolTip)
+
     def test_scene_closed_while_running(self):
         self.take("--seconds", "20", "--steps", "400")
         self.choose()
