@@ -81,6 +81,56 @@ def test_plan_is_the_module(dimension, size, batch, options, tile_bytes):
     torch.testing.assert_close(fused, expected, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("dimension", "size", "batch", "options", "lit"),
+    [
+        (2, (96, 120), 3, {}, ((30, 61), (0, 50))),
+        (2, (96, 120), 1, {"dilations": (3, 1, 1)}, ((47, 48), (119, 120))),
+        (3, (64, 72, 40), 1, {}, ((20, 45), (30, 40), (11, 40))),
+        (3, (64, 72, 40), 1, {}, ((0, 0), (0, 0), (0, 0))),
+        (3, (32, 16, 40), 1, {}, ((9, 10), (0, 16), (30, 31))),
+        (3, (8, 64, 40), 2, {"dilations": (3, 1, 1)}, ((0, 8), (30, 31), (30, 31))),
+    ],
+    ids=str,
+)
+def test_black_around_the_head_is_not_computed(dimension, size, batch, options, lit, threads):
+    model = network(dimension, **options)
+    a, b = torch.zeros(2, batch, 1, *size)
+    values = pair(*(high - low for low, high in lit), batch=batch) if lit[0][1] else torch.zeros(2, batch, 1, 0, 0, 0)
+    for x, value in zip((a, b), values):
+        x[(..., *(slice(low, high) for low, high in lit))] = value
+    b = b.roll(1, -1) * (0.5 if lit[0][1] > lit[0][0] + 1 else 0)  # the second one lies elsewhere, or is all black
+    with torch.no_grad():
+        expected = model(a, b)
+    plan, before = build_plan(model), torch.get_num_threads()
+    plan.tile_bytes = 20_000
+    try:
+        torch.set_num_threads(threads)
+        fused = plan(a, b)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(fused, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dimension", [2, 3])
+def test_threads_change_rounding_only(dimension):
+    plan, before = build_plan(network(dimension)), torch.get_num_threads()
+    a, b = pair(*{2: (64, 72), 3: (24, 32, 40)}[dimension], batch=2)
+    plan.tile_bytes = 20_000
+    results = []
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            results.append(plan(a, b))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], atol=1e-6, rtol=0)
+    assert torch.equal(plan(a, b), plan(a, b))
+
+
 @pytest.mark.parametrize("dimension", [2, 3])
 def test_default_widths(dimension):
     model = network(dimension, channels=(32, 64, 128), mamba_layers=5, d_state=8)
