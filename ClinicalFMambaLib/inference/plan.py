@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..config import ModelConfig
+from ..config import PRECISIONS, ModelConfig
 from ..errors import InputError
 from ..models.blocks import SLOPE
 from ..models.clinicalfmamba import STRIDE, ClinicalFMamba, fused_from_maps, pad_to_stride
@@ -51,7 +51,6 @@ from .tasks import cores, run_all, run_as_ready
 logger = logging.getLogger(__name__)
 
 STAGES = ("encoder", "mamba", "pools", "decoder")
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Bytes of the largest map of a tile. What a tile leaves is used again by the next one as long as the C library keeps
 # it (32 MiB at most), and memory fresh from the system costs as much time as the convolution that fills it.
 TILE_BYTES = 12 * 2**20
@@ -105,7 +104,7 @@ class FusionPlan:
         self.seconds: dict[str, float] = {}
         self._cores = 1
         with torch.no_grad():
-            self.dtype = dtype = PRECISIONS[precision]
+            self.dtype = dtype = getattr(torch, precision)
             stem = (model.stem.weight.double(), model.stem.bias.double())
             self.stem_down = _Conv(*_compose_stride2(stem, model.encoder[0][0]), dtype, stride=2)
             self.downs = [_Conv(*_parameters(level[0]), dtype, stride=2) for level in model.encoder[1:]]

@@ -9,8 +9,12 @@ from torch import nn
 from ClinicalFMambaLib.config import ModelConfig
 from ClinicalFMambaLib.errors import Cancelled, InputError
 from ClinicalFMambaLib.inference import plan as plan_module
+from ClinicalFMambaLib.inference.device import has_bfloat16
+from ClinicalFMambaLib.inference.intensity import apply_window, choose_window
 from ClinicalFMambaLib.inference.plan import build_plan, memory_needed
 from ClinicalFMambaLib.models.clinicalfmamba import ClinicalFMamba
+from ClinicalFMambaLib.pretrained import find_weights, load_model
+from ClinicalFMambaLib.volumes import read_volume
 
 
 def network(dimension: int, seed: int = 0, **options) -> ClinicalFMamba:
@@ -163,6 +167,36 @@ def test_both_forms_of_the_scan(backend, monkeypatch):
     plan.scan_backend = backend
     with torch.no_grad():
         torch.testing.assert_close(plan(a, b), model(a, b), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "first", "second", "box"),
+    [
+        ("mri-mri-3d", "brats/*/t2.nii.gz", "brats/*/flair.nii.gz", ((40, 104), (80, 176), (70, 166))),
+        (
+            "mri-mri-3d",
+            "volumes/kirby21/*T1*.nii.gz",
+            "volumes/kirby21/*FLAIR*.nii.gz",
+            ((0, 80), (100, 180), (90, 170)),
+        ),
+        ("mri-ct-2d", "aanlib/CT-MRI/MRI/*.png", "aanlib/CT-MRI/CT/*.png", ((0, 1), (0, 256), (0, 256))),
+    ],
+)
+def test_real_volumes(shared_data, model, first, second, box):
+    """The bundled weights on patients: the whole volumes take the module minutes, so a part of each."""
+    paths = [sorted(shared_data.glob(pattern))[0] for pattern in (first, second)]
+    volumes = [read_volume(path) for path in paths]
+    arrays = [apply_window(v.array, choose_window(v)) for v in volumes]
+    a, b = (torch.from_numpy(x[tuple(slice(*edge) for edge in box)].copy())[None, None] for x in arrays)
+    if model.endswith("2d"):
+        a, b = a[:, :, 0], b[:, :, 0]
+    module = load_model(find_weights(model)[1])[0]
+    with torch.no_grad():
+        expected = module(a, b)
+    assert expected.std() > 0.05
+    assert (build_plan(module)(a, b) - expected).abs().max() < 1e-3
+    if has_bfloat16(a.device):
+        assert (build_plan(module, "bfloat16")(a, b) - expected).abs().max() < 1e-2
 
 
 # ------------------------------------------------------------------------------------------------- layers
