@@ -1,4 +1,5 @@
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -6,11 +7,12 @@ import ctk
 import qt
 import slicer
 import vtk
-from ClinicalFMambaPanel import sample_data
+from ClinicalFMambaPanel import display, sample_data
 from ClinicalFMambaPanel.logic import ClinicalFMambaLogic, FusionError
 from ClinicalFMambaPanel.parameters import ClinicalFMambaParameterNode, Device, Window
 from ClinicalFMambaPanel.process import QtTimer
 from ClinicalFMambaPanel.requirements import InstallationError
+from ClinicalFMambaPanel.result_nodes import companionsOf
 from ClinicalFMambaPanel.words import METRIC_WORDS, durationInWords
 from slicer.i18n import tr as _
 from slicer.i18n import translate
@@ -50,21 +52,25 @@ class ClinicalFMamba(ScriptedLoadableModule):
             "Mamba-based Multimodal Neuroimaging Fusion, arXiv 2508.03008."
         )
         slicer.app.connect("startupCompleted()", sample_data.register)
+        slicer.app.connect("startupCompleted()", display.registerLayout)
 
 
 class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     """The panel: shows the parameter node and what the logic reports, and calls the logic."""
 
     def __init__(self, parent=None):
-        ScriptedLoadableModuleWidget.__init__(self, parent)
-        VTKObservationMixin.__init__(self)
+        # First, because the base class calls setup() where there is no parent.
         self.logic = None
+        self._clock = None
         self._parameterNode = None
         self._parameterNodeGuiTag = None
         self._observedVolumes = []
+        self._orphans = []
         self._updating = False
         self._error = None
         self._message = self._problemShown = ""
+        # It calls that of VTKObservationMixin; once more would forget what setup() observes.
+        ScriptedLoadableModuleWidget.__init__(self, parent)
 
     # ------------------------------------------------------------------------------------------ life cycle
 
@@ -78,12 +84,16 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.ui.noticeLabel.setStyleSheet(
             "background: #8a5a00; color: white; font-weight: bold; padding: 4px; border-radius: 3px;"
         )
-        self.ui.errorLabel.setStyleSheet("color: #c62828;")
+        self.ui.errorFrame.setStyleSheet(
+            "#errorFrame { background: #9b1c1c; border-radius: 3px; } #errorLabel { color: white; }"
+        )
         for label in (self.ui.resultLabel, self.ui.classificationTitleLabel, self.ui.metricsTitleLabel):
             label.setStyleSheet("font-weight: bold;")
         self.ui.fuseButton.setStyleSheet("font-weight: bold;")
         self.ui.modelFileEdit.filters = ctk.ctkPathLineEdit.Files
         self.ui.modelFileEdit.nameFilters = [_("Weights (*.safetensors)")]
+        # Else it shows the paths that other nameless fields of Slicer have kept.
+        self.ui.modelFileEdit.settingKey = "ClinicalFMambaModelFile"
         for table in (self.ui.metricsTable, self.ui.classificationTable):
             table.setColumnCount(2)
             table.horizontalHeader().setStretchLastSection(True)
@@ -109,6 +119,12 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.setLogic(ClinicalFMambaLogic())
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.StartCloseEvent, self.onSceneStartClose)
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndCloseEvent, self.onSceneEndClose)
+        self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndImportEvent, self.onSceneEndImport)
+        # Before the selectors, which take the next volume for one that is removed: it would be overwritten.
+        self.addObserver(
+            slicer.mrmlScene, slicer.mrmlScene.NodeAboutToBeRemovedEvent, self.onNodeAboutToBeRemoved, priority=10.0
+        )
+        self.addObserver(slicer.mrmlScene, slicer.mrmlScene.NodeRemovedEvent, self.onNodeRemoved)
         self._showError(None)
         # Also after a reload, which does not call enter().
         self.initializeParameterNode()
@@ -127,10 +143,13 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._update()
 
     def cleanup(self):
-        self._clock.stop()
-        self.setParameterNode(None)
         self.removeObservers()
-        self.logic.cleanup()
+        self.exit()
+        self._parameterNode = None
+        if self._clock is not None:
+            self._clock.stop()
+        if self.logic is not None:
+            self.logic.cleanup()
 
     def enter(self):
         self.initializeParameterNode()
@@ -152,6 +171,8 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             if name.split(".")[0] in ("ClinicalFMambaPanel", "ClinicalFMambaLib"):
                 del sys.modules[name]
         ScriptedLoadableModuleWidget.onReload(self)
+        # What Slicer has of these is the code before.
+        sys.modules[sample_data.__name__].register()
 
     def onSceneStartClose(self, caller, event):
         self.setParameterNode(None)
@@ -160,8 +181,37 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._message = ""
         self._showError(None)
         self._update()
-        if self.parent.isEntered:
+        if self._isEntered:
             self.initializeParameterNode()
+
+    def onSceneEndImport(self, caller, event):
+        # While it was read, some of the nodes that it refers to were not there yet.
+        if self._isEntered:
+            self.initializeParameterNode()
+
+    @property
+    def _isEntered(self):
+        # A panel of its own, which a script has made, is always in front.
+        return getattr(self.parent, "isEntered", True)
+
+    @vtk.calldata_type(vtk.VTK_OBJECT)
+    def onNodeAboutToBeRemoved(self, caller, event, node):
+        if slicer.mrmlScene.IsClosing():
+            return
+        self._orphans += [companion.GetID() for companion in companionsOf(node)]
+        p = self._parameterNode
+        for name in ("volumeA", "volumeB", "fusedVolume") if p else ():
+            if p.getValue(name) is node:
+                p.setValue(name, None)
+
+    @vtk.calldata_type(vtk.VTK_OBJECT)
+    def onNodeRemoved(self, caller, event, node):
+        """Deleting the fused volume undoes the fusion: its tables, text and difference go with it."""
+        orphans, self._orphans = self._orphans, []
+        for identity in orphans:
+            orphan = slicer.mrmlScene.GetNodeByID(identity)
+            if orphan is not None:
+                slicer.mrmlScene.RemoveNode(orphan)
 
     def initializeParameterNode(self):
         self.setParameterNode(self.logic.getParameterNode())
@@ -182,6 +232,8 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     # ---------------------------------------------------------------------------------------------- clicks
 
     def onFuseButton(self, checked=False):
+        if self.logic.requirements.isInstalling:
+            return
         if self.logic.isBusy:
             self.logic.cancel()
             return
@@ -190,10 +242,18 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def _start(self):
         self._showError(None)
+        requirements = self.logic.requirements
         try:
-            if not self.logic.requirements.ensure():
-                self._say(self.logic.requirements.describeMissing())
-                return
+            if requirements.missing():
+                if not requirements.ensure(self._update):
+                    self._say(requirements.describeMissing())
+                    return
+                # Meanwhile the scene may have changed.
+                problem = self._problem()
+                if problem:
+                    raise ValueError(problem)
+            if self._parameterNode.model == "file":
+                self.ui.modelFileEdit.addCurrentPathToHistory()
             self.logic.fuse(**self.fuseArguments())
         except (ValueError, FusionError, InstallationError) as error:
             self._showError(error)
@@ -244,7 +304,7 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._onResult(self.logic.showDifference)
 
     def onReportButton(self, checked=False):
-        name = "".join(c if c.isalnum() else "-" for c in self._parameterNode.fusedVolume.GetName()).strip("-")
+        name = re.sub(r"[^\w]+", "-", self._parameterNode.fusedVolume.GetName()).strip("-")
         path = self.askReportPath(name)
         if path:
             self._onResult(lambda node: self.logic.saveReport(node, path))
@@ -291,7 +351,7 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def _update(self, caller=None, event=None):
         """Bring everything that the parameter node does not bind itself in line with it."""
-        if self._updating:
+        if self._updating or self.logic is None:
             return
         self._updating = True
         try:
@@ -334,7 +394,9 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             # From a scene of another version.
             combo.addItem(_("{name} (not bundled)").format(name=model), model)
         combo.setCurrentIndex(combo.findData(model))
-        self.ui.modelFileEdit.currentPath = p.modelFile if p else ""
+        path = p.modelFile if p else ""
+        if self.ui.modelFileEdit.currentPath != path:  # else the cursor of who types there jumps to the end
+            self.ui.modelFileEdit.currentPath = path
         for widget in (self.ui.modelFileLabel, self.ui.modelFileEdit):
             widget.setVisible(model == "file")
 
@@ -372,6 +434,8 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         p = self._parameterNode
         if not p:
             return _("The scene is being closed")
+        if self.logic.requirements.isInstalling:
+            return _("Packages are being installed, which may take minutes")
         for label, window, low, high in (
             ("A", p.windowA, p.windowALow, p.windowAHigh),
             ("B", p.windowB, p.windowBLow, p.windowBHigh),
@@ -385,7 +449,7 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.ui.engineTextLabel.text = self.logic.engineText
         self.ui.stopEngineButton.enabled = self.logic.engineRuns
         problem = self.logic.classifierProblem
-        self.ui.classifyCheckBox.enabled = not problem
+        self.ui.classifyCheckBox.enabled = not problem and not self.logic.isBusy
         self.ui.classifyCheckBox.toolTip = (
             _("Not available: {problem}").format(problem=problem)
             if problem
@@ -463,7 +527,8 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         for button in (self.ui.compareButton, self.ui.differenceButton, self.ui.reportButton):
             button.enabled = has
         if has:
-            self.ui.resultLabel.text = node.GetName()
+            # A long name without spaces breaks where its words end.
+            self.ui.resultLabel.text = node.GetName().replace("_", "_\u200b")
             self.ui.resultDetailLabel.text = _(
                 "{model} on {device}, {modalityA} with {modalityB}, scale {scale}"
             ).format(
@@ -522,8 +587,12 @@ class ClinicalFMambaTest(ScriptedLoadableModuleTest):
         folder = Path(__file__).resolve().parents[1] / "Testing" / "Python"
         suite = unittest.TestSuite([type(self)("test_fusePhantom")])
         if folder.is_dir():
-            sys.path.insert(0, str(folder))
+            if str(folder) not in sys.path:
+                sys.path.insert(0, str(folder))
             names = sorted(path.stem for path in folder.glob("ClinicalFMamba*Test.py"))
+            for name in (*names, "clinicalfmamba_selftest"):
+                # They hold on to the classes of before a reload.
+                sys.modules.pop(name, None)
             suite.addTests(unittest.defaultTestLoader.loadTestsFromNames(names))
         result = unittest.TextTestRunner(stream=sys.stdout, verbosity=2).run(suite)
         if not result.wasSuccessful():

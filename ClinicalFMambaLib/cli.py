@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 
 from . import NOTICE, __version__
-from .errors import ClinicalFMambaError, InputError, OutputError, Stopped, WeightsError, require
+from .errors import ClinicalFMambaError, InputError, OutputError, Stopped, TrainingError, WeightsError, require
 from .files import write_text
 
 log = logging.getLogger("ClinicalFMambaLib.cli")
@@ -48,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     package.addHandler(handler)
     try:
         return typer.main.get_command(app).main(argv, prog_name="clinicalfmamba", standalone_mode=False) or 0
-    except Stopped as error:
-        _refuse(str(error))
-        return 128 + error.signal
+    except (Stopped, TrainingError) as error:  # in every process of a distributed run
+        require("lightning.pytorch.utilities", "training", "lightning").rank_zero_only(_refuse)(str(error))
+        return 128 + error.signal if isinstance(error, Stopped) else 2
     except ClinicalFMambaError as error:
         return _refuse(str(error))
     except _UsageErrors as error:
@@ -566,6 +566,9 @@ def evaluate(
     metrics: Annotated[str, typer.Option(metavar="M,...", help="Only these metrics.")] = "",
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|mps")] = "auto",
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes that compute metrics.")] = None,
+    readers: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Also write a blinded reader study of N cases, see ratings.")
+    ] = 0,
 ) -> None:
     """Measure a model against the baseline fusions: metrics.csv, summary.json, report.html with pictures."""
     _require_evaluation()
@@ -576,7 +579,7 @@ def evaluate(
     chosen, peers = _metrics_of(metrics), dict(_named_folder(text) for text in peer or [])
     engine = FusionEngine(device)
     _make_folder(out)
-    rows = evaluate_data(engine, model, data, cases, order, out, chosen, peers, jobs)
+    rows = evaluate_data(engine, model, data, cases, order, out, chosen, peers, jobs, readers)
     _print_summary(rows)
     print(f"The report is {out / 'report.html'}.")
 
@@ -612,10 +615,23 @@ def score(
     _print_summary(rows)
 
 
+@app.command()
+def ratings(
+    key: Annotated[Path, typer.Argument(metavar="KEY.csv", help="reader-study-key.csv of evaluate --readers.")],
+    tables: Annotated[
+        list[Path], typer.Argument(metavar="RATINGS.csv...", help="One filled-in table for each reader.")
+    ],
+) -> None:
+    """Unblind a reader study: mean ratings of each method, and their difference with its confidence interval."""
+    _require_evaluation()
+    from .evaluation.reader_study import read_ratings
+
+    print(read_ratings(key, tables))
+
+
 def _require_evaluation() -> None:
     _require_engine()
     for module, package in (
-        ("skimage", "scikit-image"),
         ("torchmetrics", "torchmetrics"),
         ("pywt", "PyWavelets"),
         ("PIL", "pillow"),

@@ -538,17 +538,21 @@ def compare_grids(a: Volume, b: Volume) -> str:
         apart = corners @ (_axes(a) - _axes(b)).T + np.subtract(a.origin, b.origin)
         if np.linalg.norm(apart, axis=1).max() <= 0.1 * min(*a.spacing, *b.spacing):
             return ""
+    differences = []
+    if not same_size:
+        differences.append(f"size {_words(_size(a))} against {_words(_size(b))} voxels")
+    if not np.allclose(a.spacing, b.spacing, rtol=5e-4):
+        differences.append(f"spacing {_words(a.spacing, 3)} against {_words(b.spacing, 3)} mm")
     distance = float(np.linalg.norm(np.subtract(a.origin, b.origin)))
-    return (
-        f"size {_words(_size(a))} against {_words(_size(b))} voxels, "
-        f"spacing {_words(a.spacing, 3)} against {_words(b.spacing, 3)} mm, "
-        f"origins {distance:.1f} mm apart, {_rotation_words(a, b)}, "
-        f"{100 * overlap_fraction(a, b):.0f} % of the first lies inside the second"
-    )
+    if distance >= 0.05 or not differences:
+        differences.append(f"origins {distance:.1f} mm apart")
+    differences += _rotation_words(a, b)
+    differences.append(f"{100 * overlap_fraction(a, b):.0f} % of the first lies inside the second")
+    return ", ".join(differences)
 
 
-def _rotation_words(a: Volume, b: Volume) -> str:
-    """Angle between the axes, and how they are permuted or mirrored, as two separate things."""
+def _rotation_words(a: Volume, b: Volume) -> list[str]:
+    """Angle between the axes, and how they are permuted or mirrored, as separate things; those that there are."""
     between = np.linalg.solve(np.reshape(a.direction, (3, 3)), np.reshape(b.direction, (3, 3)))
     order = max(itertools.permutations(range(3)), key=lambda p: sum(abs(between[p[k], k]) for k in range(3)))
     sign = [1 if between[order[k], k] >= 0 else -1 for k in range(3)]
@@ -556,11 +560,11 @@ def _rotation_words(a: Volume, b: Volume) -> str:
     for k in range(3):
         nearest[order[k], k] = sign[k]
     angle = np.degrees(np.arccos(np.clip((np.trace(between @ nearest.T) - 1) / 2, -1, 1)))
-    words = f"axes rotated by {angle:.1f} degrees"
+    words = [f"axes rotated by {angle:.1f} degrees"] if angle >= 0.05 else []
     if order != (0, 1, 2):
-        words += ", axes in another order"
+        words.append("axes in another order")
     if -1 in sign:
-        words += f", {' and '.join('xyz'[k] for k in range(3) if sign[k] < 0)} running the other way"
+        words.append(f"{' and '.join('xyz'[k] for k in range(3) if sign[k] < 0)} running the other way")
     return words
 
 

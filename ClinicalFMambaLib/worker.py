@@ -417,7 +417,7 @@ def _measure(result, report: Callable[[float], None], is_late: Callable[[], bool
     from .evaluation.metrics import evaluate_all
 
     (fused, a, b), note = _sample(result)
-    metrics, missing, late = {}, [], []
+    metrics, late = {}, []
     names = (*SAMPLED_METRICS, *SLICE_METRICS)
     for k, name in enumerate(names):
         report(k / len(names))
@@ -425,17 +425,13 @@ def _measure(result, report: Callable[[float], None], is_late: Callable[[], bool
             late.append(name)
             continue
         parts = [(fused, a, b)] if name in SAMPLED_METRICS else list(zip(fused, a, b))
-        try:
-            values = [evaluate_all(*part, [name])[name] for part in parts]
-        except MissingDependencyError as error:
-            missing.append(" ".join(str(error).split()))
-            continue
+        values = [evaluate_all(*part, [name])[name] for part in parts]
         value = sum(values) / len(values)
         if math.isfinite(value):
             metrics[name] = value
     if late:
         note += f"; left out to save time: {', '.join(late)}"
-    return metrics, "; ".join([note, *missing])
+    return metrics, note
 
 
 def _sample(result) -> tuple[list, str]:

@@ -23,6 +23,16 @@ def _layout():
     return f'<layout type="horizontal" split="true">{items}\n</layout>'
 
 
+def registerLayout():
+    """Make the side-by-side layout known: a scene that was saved in it would else open with no views at all."""
+    manager = slicer.app.layoutManager()
+    if manager is None:  # started without a main window
+        return
+    layoutNode = manager.layoutLogic().GetLayoutNode()
+    if not layoutNode.IsLayoutDescription(COMPARE_LAYOUT):
+        layoutNode.AddLayoutDescription(COMPARE_LAYOUT, _layout())
+
+
 def isComparing():
     """Whether the side-by-side views are shown."""
     manager = slicer.app.layoutManager()
@@ -67,8 +77,7 @@ def compare(*nodes):
     layoutNode = manager.layoutLogic().GetLayoutNode()
     if not isComparing():
         layoutNode.SetAttribute(_LAYOUT_BEFORE, str(layoutNode.GetViewArrangement()))
-    if not layoutNode.IsLayoutDescription(COMPARE_LAYOUT):
-        layoutNode.AddLayoutDescription(COMPARE_LAYOUT, _layout())
+    registerLayout()
     manager.setLayout(COMPARE_LAYOUT)
     composites = [slicer.mrmlScene.GetSingletonNode(name, "vtkMRMLSliceCompositeNode") for name in COMPARE_VIEWS]
     for composite, node in zip(composites, nodes):

@@ -15,7 +15,7 @@ from slicer.ScriptedLoadableModule import ScriptedLoadableModuleLogic
 
 from . import display, result_nodes, volume_nodes
 from .library import libraryFolder
-from .parameters import ClinicalFMambaParameterNode
+from .parameters import ClinicalFMambaParameterNode, forgetUnknownChoices
 from .process import QtProcess, QtTimer, pythonExecutable
 from .requirements import Requirements
 from .signals import Signal
@@ -101,7 +101,9 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         self._observers = []
 
     def getParameterNode(self):
-        return ClinicalFMambaParameterNode(super().getParameterNode())
+        node = super().getParameterNode()
+        forgetUnknownChoices(node)
+        return ClinicalFMambaParameterNode(node)
 
     # ---------------------------------------------------------------------------------------------- fusing
 
@@ -134,7 +136,7 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         Args:
             volumeA: the anatomical volume, whose grid, parent transform and study the result takes.
             volumeB: the other one.
-            outputVolume: is updated in place; None makes a new node.
+            outputVolume: an empty volume, or a result, which is updated in place; None makes a new node.
             model: ``"auto"``, the name of a bundled model, or the path of a .safetensors file.
             device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
             windowA, windowB: ``"auto"``, ``"brain"``, ``"bone"``, ``"soft"``, ``"full"`` (CT), ``"displayed"``, or
@@ -232,6 +234,10 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
                 return _("The result will be {kind}, which {name} cannot hold; choose to create a new volume").format(
                     kind=_("in colour") if any(colours) else _("grey"), name=outputVolume.GetName()
                 )
+            if outputVolume.GetImageData() is not None and not result_nodes.isResult(outputVolume):
+                return _("{name} is no fused volume, and its voxels would be lost; choose another output").format(
+                    name=outputVolume.GetName()
+                )
         problem = self._problemWithModel(model)
         if problem:
             return problem
@@ -259,7 +265,7 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
             for node in slicer.util.getNodesByClass("vtkMRMLScalarVolumeNode")
             if node.GetClassName() in ("vtkMRMLScalarVolumeNode", "vtkMRMLVectorVolumeNode")
             and not volume_nodes.problemOf(node, "")
-            and node.GetAttribute("ClinicalFMamba.notice") is None
+            and not result_nodes.isResult(node)
         ]
         anatomical = [node for node in nodes if modality(node) == "MR" and not volume_nodes.isColour(node)]
         a = next(iter(anatomical + nodes), None)
@@ -378,8 +384,8 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         self.engineChanged.emit()
 
     def _endWorker(self):
-        """Blocks until it is gone: at once where it computes for nobody, some ten milliseconds where it idles."""
-        if self._abandoned:
+        """Blocks until it is gone: some ten milliseconds where it idles; one that is busy is not waited for."""
+        if self._abandoned or not self._client.isReady:
             self._client.kill()
         self._client.stop()
         self._abandonment.stop()

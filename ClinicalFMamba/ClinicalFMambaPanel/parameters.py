@@ -1,6 +1,7 @@
 """The choices that the panel keeps in the scene."""
 
 import enum
+import typing
 from typing import Annotated
 
 from slicer import vtkMRMLScalarVolumeNode
@@ -112,3 +113,11 @@ class ClinicalFMambaParameterNode:
     checkRegistration: bool = True
     measure: bool = True
     keepSourcesVisible: bool = False
+
+
+def forgetUnknownChoices(node):
+    """Back to the default where a scene of another version holds a choice that this one does not know."""
+    for name, kind in typing.get_type_hints(ClinicalFMambaParameterNode).items():
+        known = getattr(kind, "__members__", None)  # of an enumeration
+        if known is not None and node.HasParameter(name) and node.GetParameter(name) not in known:
+            node.UnsetParameter(name)

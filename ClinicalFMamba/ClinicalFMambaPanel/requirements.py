@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import logging
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -46,7 +47,7 @@ def _numbers(version):
     return tuple(int(number) for number in re.findall(r"\d+", version.split("+")[0])[:2])
 
 
-TORCH = Requirement("torch", "2.4", "0.2 to 3 GB", "PyTorch, runs the network")
+TORCH = Requirement("torch", "2.4", "0.2 to 3 GB", "PyTorch, with torchvision; runs the network")
 SAFETENSORS = Requirement("safetensors", "0.4", "0.5 MB", "reads the network's weights")
 
 
@@ -66,7 +67,8 @@ class Requirements:
 
     def __init__(self, requirements=(TORCH, SAFETENSORS), installTorch=None, pipInstall=None, confirm=None):
         self._requirements = requirements
-        self._installTorch = installTorch or _installTorchByExtension
+        self.isInstalling = False
+        self._installTorch = installTorch
         self._pipInstall = pipInstall or slicer.util.pip_install
         self._confirm = confirm or slicer.util.confirmOkCancelDisplay
 
@@ -79,8 +81,11 @@ class Requirements:
         names = [str(requirement) for requirement in self.missing()]
         return _("Not installed yet: {names}").format(names=", ".join(names)) if names else ""
 
-    def ensure(self):
+    def ensure(self, onChange=lambda: None):
         """Install what is missing after one question that lists all of it; whether everything is there now.
+
+        Args:
+            onChange: called when :attr:`isInstalling` has become another.
 
         Raises:
             InstallationError: it was agreed to and failed.
@@ -88,6 +93,9 @@ class Requirements:
         missing = self.missing()
         if not missing:
             return True
+        if self._installTorch is None and any(requirement.name == "torch" for requirement in missing):
+            # Before the question: there is nothing to agree to without it.
+            self._installTorch = _torchInstaller()
         lines = "\n".join(f"  •  {r} ({r.purpose}, {r.size})" for r in missing)
         question = _(
             "ClinicalFMamba needs Python packages that are not installed yet:\n\n{packages}\n\n"
@@ -97,8 +105,15 @@ class Requirements:
         if not self._confirm(question, windowTitle=_("ClinicalFMamba set-up")):
             logging.info("ClinicalFMamba: the installation was declined")
             return False
-        for requirement in missing:
-            self._install(requirement)
+        # Slicer's pip lets the event loop run meanwhile, so that the user can go on clicking.
+        self.isInstalling = True
+        try:
+            onChange()
+            for requirement in missing:
+                self._install(requirement)
+        finally:
+            self.isInstalling = False
+            onChange()
         importlib.invalidate_caches()
         left = ", ".join(str(requirement) for requirement in self.missing())
         if left:
@@ -109,12 +124,12 @@ class Requirements:
 
     def _install(self, requirement):
         try:
-            if requirement.name == "torch":
-                if self._installTorch(f">={requirement.minimum}") is None:
-                    raise InstallationError(_("the PyTorch extension did not install torch"))
-            else:
-                with _constraints() as path:
-                    self._pipInstall(f'"{requirement}" --constraint "{path}"')
+            with _pinned():
+                if requirement.name == "torch":
+                    if self._installTorch(f">={requirement.minimum}") is None:
+                        raise InstallationError(_("the PyTorch extension did not install torch"))
+                else:
+                    self._pipInstall(str(requirement))
         except InstallationError:
             raise
         except Exception as error:
@@ -125,34 +140,39 @@ class Requirements:
             ) from error
 
 
-class _constraints:
-    """A file that pins what pip must not change; a context manager."""
-
-    def __enter__(self):
-        self._folder = tempfile.TemporaryDirectory()
-        lines = []
-        for name in FROZEN:
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                lines.append(f"{name}=={importlib.metadata.version(name)}")
-        path = Path(self._folder.name) / "constraints.txt"
+@contextlib.contextmanager
+def _pinned():
+    """Whoever starts pip now, the PyTorch extension among them: it leaves alone what Slicer was built with."""
+    lines = []
+    for name in FROZEN:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            lines.append(f"{name}=={importlib.metadata.version(name)}")
+    before = os.environ.get("PIP_CONSTRAINT")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder).resolve() / "constraints.txt"
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return path.as_posix()
+        # As an address: pip splits the variable at spaces, which a user's folder may have.
+        os.environ["PIP_CONSTRAINT"] = " ".join(filter(None, (before, path.as_uri())))
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["PIP_CONSTRAINT"]
+            else:
+                os.environ["PIP_CONSTRAINT"] = before
 
-    def __exit__(self, *_exception):
-        self._folder.cleanup()
 
-
-def _installTorchByExtension(versionRequirement):
+def _torchInstaller():
     try:
         import PyTorchUtils
     except ImportError as error:
         raise InstallationError(
             _(
-                "the extension PyTorch is missing: install it with the Extensions Manager, restart Slicer and click "
-                "Fuse again"
+                "torch is not installed, and the extension PyTorch, which installs it, is missing: install it with the "
+                "Extensions Manager, restart Slicer and click Fuse again"
             )
         ) from error
     # The question has been asked.
-    return PyTorchUtils.PyTorchUtilsLogic().installTorch(
-        askConfirmation=False, torchVersionRequirement=versionRequirement
+    return lambda version: PyTorchUtils.PyTorchUtilsLogic().installTorch(
+        askConfirmation=False, torchVersionRequirement=version
     )

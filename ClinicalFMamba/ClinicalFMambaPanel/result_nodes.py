@@ -13,6 +13,9 @@ from .volume_nodes import isColour, matrixOf
 VOLUME_A, VOLUME_B = "clinicalFMambaVolumeA", "clinicalFMambaVolumeB"
 PROVENANCE, METRICS = "clinicalFMambaProvenance", "clinicalFMambaMetrics"
 CLASSIFICATION, DIFFERENCE = "clinicalFMambaClassification", "clinicalFMambaDifference"
+# Companions say whose they are: a copy of a result refers to the original's.
+COMPANIONS, RESULT = (PROVENANCE, METRICS, CLASSIFICATION, DIFFERENCE), "clinicalFMambaResult"
+AUTOMATIC_NAME, NAMED_FOR = "ClinicalFMamba.automaticName", "ClinicalFMamba.namedFor"
 GREY = "vtkMRMLColorTableNodeGrey"
 DIFFERENCE_COLOURS = "ClinicalFMambaDifference"
 DIFFERENCE_RANGE = 500  # thousandths of black to white
@@ -55,10 +58,12 @@ def putVolume(output, image, place, nodeA, event, name):
     """Create or update the fused volume; returns it. Nothing of the scene is changed before it cannot fail any more."""
     scene = slicer.mrmlScene
     if output is None:
-        output = scene.AddNewNodeByClass(
-            "vtkMRMLVectorVolumeNode" if event["colour"] else "vtkMRMLScalarVolumeNode", name
-        )
+        output = _addNode("vtkMRMLVectorVolumeNode" if event["colour"] else "vtkMRMLScalarVolumeNode", name)
     wasModifying = output.StartModify()
+    _nameFor(output, name)
+    if event["colour"]:
+        # Else a file says that these are vectors in space.
+        output.SetVoxelVectorType(output.VoxelVectorTypeColorRGB)
     output.SetIJKToRASMatrix(slicer.util.vtkMatrixFromArray(place.ijkToRas))
     parent = scene.GetNodeByID(place.parentId) if place.parentId else None
     output.SetAndObserveTransformNodeID(parent.GetID() if parent is not None else None)
@@ -69,6 +74,28 @@ def putVolume(output, image, place, nodeA, event, name):
     output.EndModify(wasModifying)
     _placeBeside(output, nodeA)
     return output
+
+
+def _addNode(className, name):
+    """A new node whose name no other node has, and which :func:`_nameFor` may change."""
+    node = slicer.mrmlScene.AddNewNodeByClass(className, _unused(name))
+    node.SetAttribute(NAMED_FOR, name)
+    node.SetAttribute(AUTOMATIC_NAME, node.GetName())
+    return node
+
+
+def _nameFor(node, name):
+    """Another pair in the same volume gives it another name, unless the user has named it."""
+    if node.GetAttribute(NAMED_FOR) == name or node.GetAttribute(AUTOMATIC_NAME) != node.GetName():
+        return
+    node.SetName(_unused(name))
+    node.SetAttribute(NAMED_FOR, name)
+    node.SetAttribute(AUTOMATIC_NAME, node.GetName())
+
+
+def _unused(name):
+    scene = slicer.mrmlScene
+    return name if scene.GetFirstNodeByName(name) is None else scene.GenerateUniqueName(name)
 
 
 def _showAt(node, low, high):
@@ -144,23 +171,33 @@ def putResults(output, nodeA, nodeB, event):
 
 
 def _companion(output, role, className, name):
+    """The node of this role that belongs to ``output``, below it in the subject hierarchy; made when there is none."""
+    name = name.format(name=output.GetName())
     node = output.GetNodeReference(role)
-    if node is None:
-        node = slicer.mrmlScene.AddNewNodeByClass(className, name.format(name=output.GetName()))
+    if node is None or node.GetNodeReferenceID(RESULT) != output.GetID():
+        node = _addNode(className, name)
+        node.SetNodeReferenceID(RESULT, output.GetID())
         output.SetNodeReferenceID(role, node.GetID())
+    _nameFor(node, name)
     hierarchy = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(slicer.mrmlScene)
     if hierarchy is not None:
         item, itemOfOutput = hierarchy.GetItemByDataNode(node), hierarchy.GetItemByDataNode(output)
         if item and itemOfOutput:
-            hierarchy.SetItemParent(item, hierarchy.GetItemParent(itemOfOutput))
+            hierarchy.SetItemParent(item, itemOfOutput)
     return node
+
+
+def companionsOf(node):
+    """The nodes that have no meaning without this one; none where it is no result."""
+    companions = [node.GetNodeReference(role) for role in COMPANIONS]
+    return [c for c in companions if c is not None and c.GetNodeReferenceID(RESULT) == node.GetID()]
 
 
 def _removeCompanion(output, role):
     node = output.GetNodeReference(role)
-    if node is not None:
+    output.SetNodeReferenceID(role, None)
+    if node is not None and node.GetNodeReferenceID(RESULT) == output.GetID():
         slicer.mrmlScene.RemoveNode(node)
-        output.SetNodeReferenceID(role, None)
 
 
 def _fill(table, first, second, rows, note):
@@ -209,12 +246,12 @@ def putDifference(output):
 
 def _differenceColours():
     """Blue over black to red; black and not clear, because slice views take a colour's opacity as all or nothing."""
-    node = slicer.mrmlScene.GetSingletonNode(DIFFERENCE_COLOURS, "vtkMRMLColorTableNode")
+    # No singleton: Slicer keeps those when a scene is closed, without their colours.
+    node = slicer.mrmlScene.GetFirstNode(DIFFERENCE_COLOURS, "vtkMRMLColorTableNode")
     if node is not None:
         return node
     node = slicer.vtkMRMLColorTableNode()
     node.SetName(DIFFERENCE_COLOURS)
-    node.SetSingletonTag(DIFFERENCE_COLOURS)
     node.SetTypeToUser()
     node.SetNumberOfColors(256)
     for index in range(256):
@@ -236,6 +273,11 @@ def _grey(node):
 
 
 # ------------------------------------------------------------------------------------------------ reading
+
+
+def isResult(node):
+    """Whether a fusion has made this volume; also of a copy."""
+    return node.GetAttribute("ClinicalFMamba.notice") is not None
 
 
 def resultsOf(output):

@@ -17,6 +17,9 @@ def register():
     import SampleData
 
     logic = SampleData.SampleDataLogic
+    # After a reload, :func:`download` is another function, and Slicer would take it for another source.
+    sources = getattr(slicer.modules, "sampleDataSources", {}).get(CATEGORY, [])
+    sources[:] = [source for source in sources if source.sampleName != SAMPLE]
     if hasattr(logic, "registerCustomSampleDataCategory"):  # from Slicer 5.12 on
         logic.registerCustomSampleDataCategory(CATEGORY, title=_("ClinicalFMamba"))
     icon = Path(__file__).resolve().parents[1] / "Resources" / "Icons" / "ClinicalFMambaPhantom.png"
@@ -59,7 +62,7 @@ def addPhantom(size=SIZE):
         display.AutoWindowLevelOff()
         display.SetWindowLevelMinMax(window.low, window.high)
         slicer.util.updateVolumeFromArray(node, volume.array)
-        item = hierarchy.GetItemByDataNode(node)
+        item = hierarchy.GetItemByDataNode(node) or hierarchy.CreateItem(study, node)
         hierarchy.SetItemParent(item, study)
         modality = {"SPECT": "NM"}.get(volume.modality, volume.modality)
         hierarchy.SetItemAttribute(item, constants.GetDICOMSeriesModalityAttributeName(), modality)

@@ -178,7 +178,7 @@ def find_fused(folder: Path, cases: Sequence[Case], every: bool = False) -> dict
         every: whether each case needs one.
 
     Raises:
-        InputError: no such folder, no fused file, one that belongs to no case, or a case without one.
+        InputError: no such folder, no fused file, one that belongs to no case, two for a case, or a case without one.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -190,7 +190,10 @@ def find_fused(folder: Path, cases: Sequence[Case], every: bool = False) -> dict
         if path.is_dir() and len(files) > 1:
             raise InputError(f"{path} holds {len(files)} images; one fused image a case is expected")
         for file in files:
-            found[path.name if path.is_dir() else file.name[: -len(suffix_of(file))]] = file
+            name = path.name if path.is_dir() else file.name[: -len(suffix_of(file))]
+            if name in found:
+                raise InputError(f"{folder} has two fused images for {name}: {found[name].name} and {file.name}")
+            found[name] = file
     names = {case.name for case in cases}
     if not found:
         raise InputError(f"{folder} holds no image and no volume")
@@ -207,8 +210,8 @@ def find_fused(folder: Path, cases: Sequence[Case], every: bool = False) -> dict
 def load_fused(path: Path, source: Volume, limits: tuple[float, float] | None = None) -> np.ndarray:
     """A fused image (H, W) or volume (D, H, W) in [0, 1] on the grid of ``source``; of colour the luma.
 
-    Without ``limits``, 8-bit values are 0 to 255, integers up to 1000 this program's thousandths, and floats from 0 to
-    1 what they are: a window chosen from the data would hide a fusion's loss of contrast.
+    Without ``limits``, 8-bit values are 0 to 255, integers up to between 256 and 1000 this program's thousandths, and
+    floats from 0 to 1 what they are: a window chosen from the data would hide a fusion's loss of contrast.
 
     Raises:
         InputError: the file cannot be read, has another size than the sources, or values of unknown scale.
@@ -223,7 +226,7 @@ def load_fused(path: Path, source: Volume, limits: tuple[float, float] | None = 
         low, high = 0.0, 255.0
     elif array.min() >= -0.01 and array.max() <= 1.01:
         low, high = 0.0, 1.0
-    elif volume.array.dtype.kind in "iu" and array.min() >= 0 and 1 < array.max() <= 1000:
+    elif volume.array.dtype.kind in "iu" and array.min() >= 0 and 255 < array.max() <= 1000:
         low, high = 0.0, 1000.0
     else:
         raise InputError(

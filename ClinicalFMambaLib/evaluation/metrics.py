@@ -101,7 +101,7 @@ def ssim(fused, a, b, *, data_range: float = 1.0) -> float:
 
     Gaussian window of sigma 1.5 and side 11, K1 = 0.01, K2 = 0.03, population covariance, mean over all positions where
     the window fits. 3D natively (11 x 11 x 11 window); volumes of fewer than 11 slices are measured slice by slice.
-    Two constant images give the luminance term alone. Computed by scikit-image.
+    Two constant images give the luminance term alone.
 
     References:
         Z. Wang et al., "Image quality assessment: from error visibility to structural similarity", IEEE TIP 13(4),
@@ -114,9 +114,7 @@ def ssim(fused, a, b, *, data_range: float = 1.0) -> float:
 
 
 def _ssim_mean(fused: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
-    similarity = require("skimage.metrics", "SSIM", "scikit-image").structural_similarity
-    options = {"data_range": 1.0, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    return float(np.mean([similarity(source, fused, **options) for source in (a, b)]))
+    return float(np.mean([_ssim_terms(source, fused)[0] for source in (a, b)]))
 
 
 def ms_ssim(fused, a, b, *, data_range: float = 1.0) -> float:
@@ -197,7 +195,7 @@ def _fsim_mean(fused: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
         height, width = (size // block * block for size in image.shape)
         blocks = image[:height, :width].reshape(height // block, block, width // block, block)
         images.append(blocks.mean(axis=(1, 3)) * 255)
-    congruency = [_phase_congruency(image) for image in images]
+    congruency = [_phase_congruency(images[0]), *(_source_congruency(image) for image in images[1:])]
     gradient = [_scharr(image) for image in images]
     values = []
     for source in (1, 2):
@@ -270,6 +268,18 @@ def _phase_congruency(image: np.ndarray) -> np.ndarray:
         energy_sum += np.maximum(energy - threshold, 0)
         amplitude_sum += np.abs(response).sum(axis=0)
     return energy_sum / (amplitude_sum + np.finfo(float).eps)
+
+
+def _source_congruency(image: np.ndarray) -> np.ndarray:
+    """Phase congruency of a source, kept for the next fused image: it is a quarter of the time of all metrics."""
+    return _kept_congruency(image.tobytes(), image.shape)
+
+
+@lru_cache(maxsize=128)
+def _kept_congruency(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
+    congruency = _phase_congruency(np.frombuffer(data).reshape(shape))
+    congruency.setflags(write=False)
+    return congruency
 
 
 def fmi(fused, a, b, *, data_range: float = 1.0, feature: str = "edge") -> float:

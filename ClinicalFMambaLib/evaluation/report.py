@@ -20,6 +20,7 @@ from ..volumes import write_volume
 from .baselines import BASELINES
 from .evaluate import (
     MODEL,
+    SLICE_STEP,
     SOURCES,
     STANDARD,
     TRIVIAL,
@@ -51,12 +52,19 @@ def evaluate_data(
     metrics: Sequence[str] = STANDARD,
     peers: Mapping[str, Path] | None = None,
     jobs: int | None = None,
+    readers: int = 0,
 ) -> list[Row]:
     """Measure a model on cases of ``data`` and write the report, the tables and the fused images into ``out``.
 
     See :func:`.evaluate.evaluate` for the arguments and errors. The fused images are ``out/fused/CASE.png`` or
     ``.nii.gz``.
+
+    Args:
+        readers: cases of a blinded reader study (:mod:`.reader_study`); 0 for none.
     """
+    from .reader_study import ReaderStudy
+
+    study = ReaderStudy(cases, readers, order, out) if readers else None
     report = Report(f"Fusion of {order[0]} with {order[1]}: {MODEL} against baseline fusions", order)
     report.facts["model"] = model
     if model != "auto":
@@ -75,12 +83,16 @@ def evaluate_data(
 
     def keep(measured: Measured) -> None:
         report.keep(measured)
+        if study:
+            study.keep(measured)
         volume = measured.result.volume
         suffix = ".png" if volume.is_image else ".nii.gz"
         write_volume(volume, folder / f"{measured.case.name}{suffix}", measured.result.metadata())
 
     rows = evaluate(engine, model, cases, order, metrics=metrics, keep=keep, peers=peers, jobs=jobs)
     report.write(rows, out)
+    if study:
+        study.write(rows)
     return rows
 
 
@@ -118,6 +130,7 @@ class Report:
         self._examples: list = []
         self._worst = None
         self._models: set[str] = set()
+        self._volumes = False
         self._lowest = math.inf
 
     def choose(self, cases: Sequence) -> None:
@@ -134,6 +147,7 @@ class Report:
             # A warning about one image, such as a black one, is not one about the evaluation.
             if warning not in self.warnings and "was trained on" in warning:
                 self.warnings.append(warning)
+        self._volumes |= measured.a.ndim == 3
         self._models.add(measured.result.provenance["model"]["name"])
         if measured.case.name in self._chosen:
             self._examples.append(make_example(measured, self.sources, f"patient {measured.case.patient}"))
@@ -171,16 +185,16 @@ class Report:
             " not compared, but marked † where it scores higher than every fusion. Mean over patients of each"
             " patient's mean; below it the 95 % bootstrap interval over patients. An exact copy counts as a PSNR of"
             " 100 dB, which is why a single source seems to lead there.</p>",
-            _figure(chart, "A dot for each patient; mean and 95 % interval over patients.", fit=True),
+            _figure(chart, "A dot for each patient; mean and 95 % interval over patients."),
             "<h2>Against the best other fusion</h2>",
             _paired(rows, summary),
             "<h2>Pictures</h2>",
             "<p class=small>The middle case of up to three patients, chosen before anything was measured, and the case"
-            " on which the model does worst by SSIM. Scroll sideways; the PNG files beside this report have full"
-            " size.</p>",
+            " on which the model does worst by SSIM. Click a picture to see it at full size, and again to see it"
+            " whole.</p>",
             "".join(_figure(path, "") for path in examples),
             "<h2>Definitions</h2>",
-            _definitions(summary),
+            _definitions(summary, self._volumes),
             f"<p class=notice>{NOTICE} ClinicalFMamba {__version__}.</p>",
         ]
         return _PAGE.format(title=html.escape(self.title), body="\n".join(sections))
@@ -202,13 +216,18 @@ def trivial_winners(summary: dict) -> dict[str, str]:
     return {metric: order[0] for metric, order in best.items() if order and order[0] in TRIVIAL}
 
 
+def ranked_metrics(summary: dict) -> list[str]:
+    """Those of :data:`RANKED` that were measured and are defined for every fusion."""
+    fusions = [values for method, values in summary.items() if method not in SOURCES]
+    return [m for m in RANKED if all(m in values and not math.isnan(values[m]["mean"]) for values in fusions)]
+
+
 def mean_ranks(summary: dict) -> dict[str, float]:
-    """Mean rank of each fusion over :data:`RANKED`, the best first; equal values share their rank."""
+    """Mean rank of each fusion over :func:`ranked_metrics`, the best first; equal values share their rank."""
     from scipy.stats import rankdata
 
     fusions = [method for method in summary if method not in SOURCES]
-    metrics = [m for m in RANKED if m in next(iter(summary.values()))]
-    metrics = [m for m in metrics if not any(math.isnan(summary[f][m]["mean"]) for f in fusions)]
+    metrics = ranked_metrics(summary)
     if not metrics:
         return {}
     ranks = np.mean([rankdata([-summary[f][m]["mean"] for f in fusions]) for m in metrics], axis=0)
@@ -221,8 +240,7 @@ def findings(rows: Sequence[Row], summary: dict) -> list[str]:
     ranks = mean_ranks(summary)
     if len(ranks) > 1:
         listed = ", ".join(f"{method_title(method)} {rank:.1f}" for method, rank in ranks.items())
-        used = [m for m in RANKED if m in next(iter(summary.values()))]
-        texts.append(f"Mean rank over {', '.join(used)} among the {len(ranks)} fusions: {listed}.")
+        texts.append(f"Mean rank over {', '.join(ranked_metrics(summary))} among the {len(ranks)} fusions: {listed}.")
     if MODEL in summary:
         fusions = [method for method in summary if method not in SOURCES]
         best = [m for m in summary[MODEL] if ranking(summary, m, fusions)[:1] == [MODEL]]
@@ -313,7 +331,7 @@ def _paired(rows: Sequence[Row], summary: dict) -> str:
     return "<table class=metrics>" + "".join(lines) + "</table>" + note
 
 
-def _definitions(summary: dict) -> str:
+def _definitions(summary: dict, with_volumes: bool) -> str:
     metrics = "".join(
         f"<dt>{m}</dt><dd>{html.escape(METRICS[m].description)}</dd>" for m in next(iter(summary.values()))
     )
@@ -322,7 +340,12 @@ def _definitions(summary: dict) -> str:
         for m in summary
         if m in BASELINES
     )
-    return f"<dl>{metrics}{methods}</dl>"
+    sliced = ", ".join(m for m in next(iter(summary.values())) if not METRICS[m].native_3d)
+    volumes = (
+        f"<p class=small>{sliced}: of volumes on every {SLICE_STEP}th axial slice, the others in 3D; without the"
+        " empty margin.</p>"
+    )
+    return f"<dl>{metrics}{methods}</dl>{volumes if with_volumes and sliced else ''}"
 
 
 def _first_sentence(function) -> str:
@@ -335,10 +358,12 @@ def _number(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
-def _figure(path: Path, caption: str, fit: bool = False) -> str:
+def _figure(path: Path, caption: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     text = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    image = f"<img class={'fit' if fit else 'full'} alt='{path.name}' src='data:image/png;base64,{data}'>"
+    image = (
+        f"<img class=fit onclick=\"this.classList.toggle('fit')\" alt='{path.name}' src='data:image/png;base64,{data}'>"
+    )
     return f"<figure><div class=wide>{image}</div>{text}</figure>"
 
 
@@ -355,7 +380,8 @@ h1 {{ font-size: 1.6em; margin-bottom: .2em }} h2 {{ margin-top: 1.8em; font-siz
 .metrics th, .metrics td {{ white-space: nowrap }}
 .metrics th:first-child {{ text-align: left }} .metrics small {{ color: #777 }}
 .metrics tr.model {{ background: #fdeeee }} .metrics tr.source {{ color: #777 }}
-figure {{ margin: 1em 0 }} img.fit {{ max-width: 100% }} figcaption {{ color: #555; font-size: .87em }}
+figure {{ margin: 1em 0 }} figcaption {{ color: #555; font-size: .87em }}
+img {{ cursor: zoom-out }} img.fit {{ max-width: 100%; cursor: zoom-in }}
 dt {{ font-weight: 600; float: left; clear: left; width: 9.5em }} dd {{ margin: 0 0 .25em 10em }}
 </style></head><body>
 {body}

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from .. import NOTICE
 from ..cases import find_cases
-from ..config import SCANS
+from ..config import SCANS, ModelConfig
 from ..errors import InputError
 from ..evaluation.evaluate import STANDARD, Row, evaluate, patient_means, write_csv
 from ..evaluation.pictures import save_chart
@@ -32,14 +32,15 @@ log = logging.getLogger(__name__)
 FULL = "full"
 
 
-def variants(dimension: int) -> dict[str, dict]:
-    """Name -> what it changes in the section ``model`` of a preset."""
-    single = SCANS[dimension][1]
-    return {
+def variants(config: ModelConfig) -> dict[str, dict]:
+    """Name -> what it changes in the section ``model`` of a preset; the paper's head where ``config`` has another."""
+    single = SCANS[config.dimension][1]
+    changes = {
         FULL: {},
         "without CMCA": {"cmca": False},
-        {2: "single-direction scan", 3: "single-axis scan"}[dimension]: {"scan": single},
+        {2: "single-direction scan", 3: "single-axis scan"}[config.dimension]: {"scan": single},
     }
+    return changes if config.head == "image" else {**changes, "image head": {"head": "image"}}
 
 
 def ablate(preset: dict, name: str, data: Path, out: Path, seeds: int = 3) -> list[Row]:
@@ -63,7 +64,7 @@ def ablate(preset: dict, name: str, data: Path, out: Path, seeds: int = 3) -> li
     if settings.init:
         raise InputError("an ablation trains each variant from nothing, as no weights fit all: leave training.init out")
     rows = []
-    chosen = variants(config.dimension)
+    chosen = variants(config)
     for seed in range(settings.seed, settings.seed + seeds):
         for variant, change in chosen.items():
             mine = copy.deepcopy(preset)
@@ -127,7 +128,7 @@ def ablation_table(rows: Sequence[Row], preset: dict) -> str:
     head = "| variant | parameters | GFLOP | " + " | ".join(metrics) + " |"
     whole, paired = [head, "|---" * (len(metrics) + 3) + "|"], []
     for variant, means in values.items():
-        mine = read_preset({**preset, "model": {**preset["model"], **variants(config.dimension)[variant]}})[0]
+        mine = read_preset({**preset, "model": {**preset["model"], **variants(config)[variant]}})[0]
         cells = [_cell(np.array([means[m][s] for s in seeds]), "{:.3f}") for m in metrics]
         parameters = f"{count_parameters(ClinicalFMamba(mine)) / 1e6:.2f} M"
         whole.append(f"| {variant} | {parameters} | {count_flops(mine, size) / 1e9:.1f} | " + " | ".join(cells) + " |")

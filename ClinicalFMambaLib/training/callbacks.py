@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import signal
 import threading
@@ -189,7 +190,9 @@ class Pictures(pl.Callback):
 
 
 class StopOnSignal(pl.Callback):
-    """SIGTERM and Ctrl-C: finish the step, write the checkpoint, and end with :class:`Stopped`.
+    """SIGTERM, SIGUSR1 and Ctrl-C: finish the step, write the checkpoint, and end with :class:`Stopped`.
+
+    SIGUSR1 is what SLURM jobs are commonly told of their end with (``--signal=USR1@120``).
 
     In the last step of an epoch the epoch is finished first, without the rest of its validation. A second Ctrl-C ends
     at once.
@@ -202,8 +205,9 @@ class StopOnSignal(pl.Callback):
     def on_train_start(self, trainer, module) -> None:
         # In place of Lightning's own handlers, which end without writing anything; it restores them all afterwards.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._receive)
+            for name in ("SIGTERM", "SIGINT", "SIGUSR1"):  # Windows has no SIGUSR1
+                if number := getattr(signal, name, None):
+                    signal.signal(number, self._receive)
 
     def _receive(self, number, frame) -> None:
         if self.received == signal.SIGINT == number:
@@ -267,7 +271,7 @@ class SafeCheckpoints(TorchCheckpointIO):
         path = Path(path)
         with replacing(path) as temporary:
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                torch.save(checkpoint, temporary)
-            except RuntimeError as error:  # torch's own writer reports a full disk as one
-                raise OSError(str(error).splitlines()[0]) from error
+            # through memory: torch's own writer hides the reason when the disk is full
+            buffer = io.BytesIO()
+            torch.save(checkpoint, buffer)
+            temporary.write_bytes(buffer.getbuffer())

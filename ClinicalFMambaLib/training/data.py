@@ -72,9 +72,7 @@ class PairCrops(Dataset):
         self.images, self.slices = [], []
         self._folder = None
         for case in cases:
-            stack = np.round(load_case(case, order) * 65535).astype(np.uint16)
-            if stack.ndim - 1 < dimension:
-                raise InputError(f"{case.name} is an image, and this preset trains on volumes; use a 2D preset")
+            stack = _load(case, order, dimension)
             if not self.images and cache and stack.nbytes * len(cases) > _free_memory() / 2:
                 cache.mkdir(parents=True, exist_ok=True)
                 self._folder = tempfile.TemporaryDirectory(dir=cache)
@@ -123,31 +121,41 @@ class CropSampler(DistributedSampler):
 class ValidationPairs(Dataset):
     """Pairs without augmentation: whole images, three axial slices of a volume for 2D, its middle for 3D.
 
-    An item is a (2, 1, *size) float32 tensor of the first two sources.
+    An item is a (2, 1, *size) float32 tensor of the first two sources. All are read at once, so that a file that
+    cannot be used is found before the first step.
 
     Args:
         crop: edge (voxels) of the middle of a volume.
+
+    Raises:
+        InputError: a file cannot be read, or the sources of a case do not fit each other.
     """
 
     def __init__(self, cases: Sequence[Case], order: Sequence[str], *, dimension: int, crop: int):
-        self.order, self.dimension, self.crop = list(order)[:2], dimension, crop
-        self.items = [(case, k) for case in cases for k in range(self._count(case))]
-
-    def _count(self, case: Case) -> int:
-        return 3 if self.dimension == 2 and load_case(case, self.order).ndim == 4 else 1
+        self.items = []
+        for case in cases:
+            pair = _load(case, list(order)[:2], dimension)
+            if pair.ndim == 3:
+                self.items.append(pair)
+            elif dimension == 2:
+                filled = _filled_slices(pair)
+                self.items += [pair[:, filled[len(filled) * quarter // 4]].copy() for quarter in (1, 2, 3)]
+            else:
+                self.items.append(pair[(slice(None), *_middle(pair, crop))].copy())
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        case, k = self.items[index]
-        pair = load_case(case, self.order)
-        if pair.ndim == 4 and self.dimension == 2:
-            filled = _filled_slices(pair)
-            pair = pair[:, filled[len(filled) * (k + 1) // 4]]
-        elif pair.ndim == 4:
-            pair = pair[(slice(None), *_middle(pair, self.crop))]
-        return torch.from_numpy(np.ascontiguousarray(pair))[:, None]
+        return torch.from_numpy(self.items[index].astype(np.float32) / 65535)[:, None]
+
+
+def _load(case: Case, order: Sequence[str], dimension: int) -> np.ndarray:
+    """The sources of a case, (S, *size), in 16 bit."""
+    stack = np.round(load_case(case, order) * 65535).astype(np.uint16)
+    if stack.ndim - 1 < dimension:
+        raise InputError(f"{case.name} is an image, and this preset trains on volumes; use a 2D preset")
+    return stack
 
 
 def _free_memory() -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import lightning.pytorch as pl
@@ -25,6 +26,7 @@ class FusionModule(pl.LightningModule):
         self.lr, self.steps, self.warmup = lr, steps, warmup
         self.skip_validation = False
         self.freeze_norm = False
+        self.run: dict = {}  # what the checkpoint says about the run
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -77,10 +79,21 @@ class FusionModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["architecture"] = self.model.config.to_json()
+        checkpoint["run"] = self.run
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up from a twentieth of the peak, then a cosine to 1e-6."""
+        if step < self.warmup:
+            return self.lr * (0.05 + 0.95 * step / self.warmup)
+        part = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
+        return 1e-6 + (self.lr - 1e-6) * (1 + math.cos(math.pi * part)) / 2
 
     def configure_optimizers(self):
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
-        warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=self.warmup)
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, self.steps - self.warmup), eta_min=1e-6)
-        schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], [self.warmup])
+        # with a base rate of one, the rate is never that of a checkpoint, and a run may go on with another
+        optimizer = torch.optim.Adam(self.parameters(), lr=1.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.learning_rate(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        for group in self.optimizers().param_groups:
+            group["lr"] = self.learning_rate(self.lr_schedulers().last_epoch)

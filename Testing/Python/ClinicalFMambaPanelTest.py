@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 import tempfile
-import time
 import unittest
 from pathlib import Path
 
@@ -13,18 +12,27 @@ import slicer
 from clinicalfmamba_selftest import (
     LoggedExceptions,
     LongestPause,
+    OwnTurns,
     addTransform,
     addVolume,
     bestOf,
+    ijkOf,
     isAlive,
     makeLogic,
+    now,
+    pauseOfShowing,
+    reloading,
     run,
+    sampled,
+    slowness,
     smooth,
     snapshot,
     spin,
+    worldOf,
 )
 from ClinicalFMambaPanel import result_nodes
 from ClinicalFMambaPanel.display import COMPARE_VIEWS
+from ClinicalFMambaPanel.logic import ClinicalFMambaLogic
 from ClinicalFMambaPanel.parameters import Device, Modality, Plane, Window
 from ClinicalFMambaPanel.requirements import Requirement, Requirements
 
@@ -40,8 +48,9 @@ class PanelTestCase(unittest.TestCase):
         self.p = self.panel._parameterNode
 
     def tearDown(self):
-        self.panel.logic.stopEngine()
         slicer.mrmlScene.Clear()
+        # A user who has run the tests shall not fuse with an engine that only pretends.
+        self.panel.setLogic(ClinicalFMambaLogic())
         self.assertEqual(self.logged.all, [])
 
     def take(self, *arguments, **options):
@@ -180,30 +189,60 @@ class Showing(PanelTestCase):
         self.assertIs(p.volumeA, mr)
         self.assertIs(p.volumeB, ct)
 
-    def test_no_torch_is_imported(self):
-        self.assertNotIn("torch", sys.modules)
-
-    def test_shows_in_under_a_second(self):
+    def test_shows_in_under_a_second_without_torch(self):
         def measure():
             slicer.util.selectModule("Data")
             for name in list(sys.modules):  # so that they are read again
                 if name.split(".")[0] == "ClinicalFMambaPanel":
                     del sys.modules[name]
-            began = time.monotonic()
+            began = now()
             slicer.util.reloadScriptedModule("ClinicalFMamba")
             slicer.util.selectModule("ClinicalFMamba")
             slicer.app.processEvents()
-            seconds = time.monotonic() - began
+            seconds = now() - began
             print(f"module read and shown in {1000 * seconds:.0f} ms")
-            return seconds
+            return seconds / slowness()
 
-        kept = {name: module for name, module in sys.modules.items() if name.startswith("ClinicalFMambaPanel")}
+        torch = sys.modules.get("torch")
+        with reloading():
+            sys.modules["torch"] = None  # an import would fail
+            try:
+                self.assertLess(bestOf(measure, 1.0), 1.0)
+            finally:
+                del sys.modules["torch"]
+                if torch is not None:
+                    sys.modules["torch"] = torch
+        self.panel = slicer.util.getModuleWidget("ClinicalFMamba")
+
+    def test_path_that_is_being_typed_keeps_its_cursor(self):
+        self.p.model = "file"
+        self.ui.modelFileEdit.currentPath = "/some/where/weights.safetensors"
+        line = self.ui.modelFileEdit.comboBox().lineEdit()
+        line.cursorPosition = 5
+        self.panel._update()
+        self.assertEqual(line.cursorPosition, 5)
+        self.p.modelFile = "/else/where/weights.safetensors"
+        self.assertEqual(self.ui.modelFileEdit.currentPath, "/else/where/weights.safetensors")
+
+    def test_two_panels(self):
+        """A script may make another one; both show the same choices, each has its own engine."""
+        second = type(self.panel)()
         try:
-            self.assertLess(bestOf(measure, 1.0), 1.0)
+            second.setLogic(makeLogic())
+            self.choose()
+            self.assertTrue(second.ui.fuseButton.enabled, second.ui.fuseButton.toolTip)
+            second.ui.fuseButton.click()
+            spin(lambda: not second.logic.isBusy)
+            self.assertIsNotNone(self.p.fusedVolume)
+            self.assertIs(self.ui.fusedVolumeSelector.currentNode(), self.p.fusedVolume)
+            self.assertTrue(self.ui.compareButton.enabled)
+            slicer.mrmlScene.Clear()
+            self.assertEqual(second.ui.fuseButton.toolTip, "Choose volume A")
         finally:
-            sys.modules.update(kept)
-            slicer.util.reloadScriptedModule("ClinicalFMamba")
-            self.panel = slicer.util.getModuleWidget("ClinicalFMamba")
+            # As Slicer does it where it reloads a module.
+            second.cleanup()
+            slicer.app.moduleManager().disconnect("moduleAboutToBeUnloaded(QString)", second._onModuleAboutToBeUnloaded)
+            second.parent.deleteLater()
 
 
 class Fusing(PanelTestCase):
@@ -229,15 +268,68 @@ class Fusing(PanelTestCase):
             if composite.GetLayoutName() not in COMPARE_VIEWS:
                 self.assertEqual(composite.GetBackgroundVolumeID(), fused.GetID())
         # A second click updates the same volume.
-        count = slicer.mrmlScene.GetNumberOfNodes()
+        nodes = snapshot()
         slicer.util.updateVolumeFromArray(b, smooth((20, 30, 40), 7))
         old = slicer.util.arrayFromVolume(fused).copy()
         self.assertIs(self.fuse(), fused)
-        self.assertEqual(slicer.mrmlScene.GetNumberOfNodes(), count)
+        self.assertEqual(snapshot(), nodes)
         self.assertFalse(np.array_equal(slicer.util.arrayFromVolume(fused), old))
 
+    def test_name_follows_the_pair(self):
+        self.choose()
+        fused = self.fuse()
+        self.p.volumeB = addVolume("T2", seed=2)
+        self.assertIs(self.fuse(), fused)
+        self.assertEqual(fused.GetName(), "T1 + T2 fused")
+        self.assertEqual(self.ui.resultLabel.text, "T1 + T2 fused")
+
+    def test_grids_and_transforms(self):
+        """Other grids, oblique, under transforms on either or both: B's content is where it is in space."""
+        points = np.random.default_rng(0).integers(4, (36, 26, 16), (200, 3))
+        for angle, onA, onB in ((0, False, True), (6, False, False), (6, True, False), (6, True, True)):
+            with self.subTest(angle=angle, onA=onA, onB=onB):
+                slicer.mrmlScene.Clear()
+                self.p = self.panel._parameterNode
+                a = addVolume("T1")
+                b = addVolume("CT", smooth((24, 34, 44), 1), (1.3, 1.1, 1.9), (-22.0, -17.0, -12.0), angle)
+                for node, isOn in ((a, onA), (b, onB)):
+                    if isOn:
+                        turn = addTransform("turn", shift=(2, -1, 1), angle=5)
+                        node.SetAndObserveTransformNodeID(turn.GetID())
+                self.choose(a, b)
+                self.assertIn("B will be resampled", self.ui.gridLabel.text)
+                fused = self.fuse()
+                self.assertIs(fused.GetParentTransformNode(), a.GetParentTransformNode())
+                np.testing.assert_allclose(worldOf(fused, points), worldOf(a, points))
+                grey = slicer.util.arrayFromVolume(a).astype(float)
+                grey = (grey - grey.min()) / (grey.max() - grey.min())
+                added = 2 * slicer.util.arrayFromVolume(fused) / 1000 - grey
+                added = added[points[:, 2], points[:, 1], points[:, 0]]
+                expected = sampled(slicer.util.arrayFromVolume(b), ijkOf(b, worldOf(a, points)))
+                inside = np.isfinite(expected)
+                self.assertGreater(inside.sum(), 100)
+                self.assertGreater(np.corrcoef(added[inside], expected[inside])[0, 1], 0.999)
+
+    def test_deleting_the_result_undoes_the_fusion(self):
+        self.choose()
+        scene = snapshot()
+        hierarchy = slicer.mrmlScene.GetSubjectHierarchyNode()
+        for delete in (
+            slicer.mrmlScene.RemoveNode,
+            lambda node: hierarchy.RemoveItem(hierarchy.GetItemByDataNode(node)),
+        ):
+            fused = self.fuse()
+            self.ui.differenceButton.click()
+            self.assertEqual(len(snapshot()), len(scene) + 4)
+            delete(fused)
+            self.assertEqual(snapshot(), scene)
+            # And no other volume is in its place, to be overwritten by the next click.
+            self.assertIsNone(self.p.fusedVolume)
+            self.assertIsNone(self.ui.fusedVolumeSelector.currentNode())
+            self.assertFalse(self.ui.compareButton.enabled)
+
     def test_while_it_runs(self):
-        self.take("--seconds", "4", "--steps", "80")
+        self.take("--seconds", "4", "--steps", "80", "--classifier")
         self.choose()
         self.start()
         self.assertEqual(self.ui.fuseButton.text, "Cancel")
@@ -246,6 +338,7 @@ class Fusing(PanelTestCase):
         for name in ("volumeASelector", "fusedVolumeSelector", "modelComboBox", "maxMemorySpinBox"):
             self.assertFalse(getattr(self.ui, name).isEnabled(), name)
         self.assertTrue(self.ui.stopEngineButton.isEnabled())
+        self.assertFalse(self.ui.classifyCheckBox.isEnabled())
         spin(lambda: "about" in self.ui.statusLabel.text)
         self.assertRegex(self.ui.statusLabel.text, r"Fusing … about \d s left")
         value = self.ui.progressBar.value
@@ -266,15 +359,23 @@ class Fusing(PanelTestCase):
         self.assertIsNotNone(self.fuse())
 
     def test_event_loop_is_never_blocked(self):
-        self.take("--seconds", "1", "--steps", "50")
-        self.choose()
+        """100 ms at most, besides what Slicer itself takes to show a volume."""
+        own = OwnTurns()
+        self.take("--seconds", "1", "--steps", "50", makeTimer=own.makeTimer, makeProcess=own.makeProcess)
+        a, _b = self.choose()
         self.fuse()
+        unavoidable = pauseOfShowing(a.GetImageData())
 
         def measure():
+            own.longest = 0.0
             with LongestPause() as pause:
-                self.fuse()
-            print(f"longest pause of the event loop: {1000 * pause.seconds:.0f} ms")
-            return pause.seconds
+                own.timed(self.click)()
+                spin(lambda: not self.logic.isBusy)
+            print(
+                f"longest pause of the event loop: {1000 * pause.seconds:.0f} ms, "
+                f"of it own work {1000 * own.longest:.0f} ms; a volume shown by Slicer {1000 * unavoidable:.0f} ms"
+            )
+            return max(own.longest, pause.seconds - unavoidable) / slowness()
 
         self.assertLess(bestOf(measure, 0.1), 0.1)
 
@@ -342,7 +443,7 @@ class Fusing(PanelTestCase):
                 self.ui.reportButton.click()
             finally:
                 self.panel.askReportPath = ask
-            self.assertEqual(asked, ["T1---CT-fused"])
+            self.assertEqual(asked, ["T1-CT-fused"])
             self.assertTrue(Path(path).is_file())
             self.assertIn(path, self.ui.statusLabel.text)
 
@@ -467,6 +568,31 @@ class Failing(PanelTestCase):
         self.click()
         self.assertIn("no network", self.ui.errorLabel.text)
         self.assertFalse(self.ui.errorFrame.isHidden())
+        self.assertTrue(self.ui.fuseButton.enabled)
+
+    def test_while_it_installs(self):
+        """Slicer's pip lets the event loop run for minutes: a second click asks and installs nothing more."""
+        asked, seen = [], []
+
+        def pip(arguments):
+            seen.append((self.ui.fuseButton.enabled, self.ui.statusLabel.text))
+            self.panel.onFuseButton()
+            slicer.mrmlScene.Clear()
+
+        needed = [Requirement("no-such", "1", "1 MB", "")]
+        slow = Requirements(needed, None, pip, lambda question, **_options: asked.append(question) or True)
+        self.take(requirements=slow)
+        self.choose()
+        needed_at_first = slow.missing
+        slow.missing = lambda: [] if seen and not slow.isInstalling else needed_at_first()
+        self.click()
+        self.assertEqual(len(asked), 1)
+        self.assertEqual(len(seen), 1)
+        self.assertFalse(seen[0][0])
+        self.assertIn("being installed", seen[0][1])
+        # The scene was closed meanwhile.
+        self.assertIn("Choose volume A", self.ui.errorLabel.text)
+        self.assertFalse(self.logic.isBusy)
 
 
 class Scenes(PanelTestCase):
@@ -485,7 +611,6 @@ class Scenes(PanelTestCase):
             self.assertIsNone(self.panel._parameterNode.volumeA)
             self.assertIs(self.panel._parameterNode.windowB, Window.AUTO)
             slicer.util.loadScene(path)
-        self.panel.enter()
         p = self.panel._parameterNode
         self.assertEqual((p.volumeA.GetName(), p.volumeB.GetName()), ("T1", "CT"))
         self.assertEqual((p.windowB, p.device, p.maxMemoryGib), (Window.BONE, Device.CPU, 3.0))
@@ -520,7 +645,8 @@ class Scenes(PanelTestCase):
         self.start()
         slicer.mrmlScene.RemoveNode(a)
         self.assertFalse(self.logic.isBusy)
-        self.assertIsNot(self.p.volumeA, a)
+        self.assertIsNone(self.p.volumeA)
+        self.assertEqual(self.ui.fuseButton.toolTip, "Choose volume A")
         self.assertIn("T1 was removed", self.ui.statusLabel.text)
 
     def test_other_module_while_running(self):
@@ -548,6 +674,23 @@ class Scenes(PanelTestCase):
         self.assertEqual(self.p.volumeA.GetName(), a.GetName())
         self.take()
         self.assertIsNotNone(self.fuse())
+
+    def test_reload_button(self):
+        """Of Slicer's developer mode: all of the module's code is read again."""
+        a, b = self.choose()
+        old = sys.modules["ClinicalFMambaPanel.logic"]
+        with reloading():
+            self.panel.onReload()
+            self.panel = slicer.util.getModuleWidget("ClinicalFMamba")
+            self.assertIsNot(sys.modules["ClinicalFMambaPanel.logic"], old)
+            sample = sys.modules["ClinicalFMambaPanel.sample_data"]
+            (source,) = slicer.modules.sampleDataSources[sample.CATEGORY]
+            self.assertIs(source.customDownloader, sample.download)
+            self.ui, self.p = self.panel.ui, self.panel._parameterNode
+            self.assertEqual((self.p.volumeA, self.p.volumeB), (a, b))
+            self.take()
+            self.assertIsNotNone(self.fuse())
+        self.panel = slicer.util.getModuleWidget("ClinicalFMamba")
 
 
 if __name__ == "__main__":

@@ -45,13 +45,15 @@ def fakeWorker(*arguments):
 class NothingMissing:
     """Requirements that are met."""
 
+    isInstalling = False
+
     def missing(self):
         return []
 
     def describeMissing(self):
         return ""
 
-    def ensure(self):
+    def ensure(self, onChange=None):
         return True
 
 
@@ -181,6 +183,10 @@ def leftovers(logic):
 
 
 def isAlive(pid):
+    if os.name == "nt":  # where os.kill(pid, 0) kills
+        from ClinicalFMambaLib.worker import _watch
+
+        return not _watch(pid)()
     try:
         os.kill(pid, 0)
     except OSError:
@@ -188,6 +194,20 @@ def isAlive(pid):
     status = Path(f"/proc/{pid}/stat")
     # A zombie is dead, only its parent has not yet taken notice.
     return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@contextlib.contextmanager
+def reloading():
+    """A test may make Slicer read the module's code again; the tests after it find what they have imported."""
+    names = ("ClinicalFMambaPanel", "ClinicalFMambaLib")
+    kept = {name: module for name, module in sys.modules.items() if name.split(".")[0] in names}
+    try:
+        yield
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] in names]:
+            del sys.modules[name]
+        sys.modules.update(kept)
+        slicer.util.reloadScriptedModule("ClinicalFMamba")
 
 
 class LoggedExceptions(logging.Handler):
@@ -215,32 +235,88 @@ def bestOf(measure, limit, times=4):
     return best
 
 
-class LongestPause:
-    """How long the event loop did not come round: a context manager with the seconds in ``seconds``.
+LOOP_SECONDS = 0.03  # of slowness() on a laptop of 2020
 
-    The time in which this thread could have run and other programs had the processor is not counted (Linux only).
-    """
+
+def slowness():
+    """How many times slower than a laptop this processor is, at least 1; limits in seconds are for a laptop."""
+
+    def loop():
+        began = time.thread_time()
+        sum(i * i % 7 for i in range(400_000))
+        return time.thread_time() - began
+
+    return max(1.0, min(loop() for _ in range(3)) / LOOP_SECONDS)
+
+
+def now():
+    """Seconds, without the time in which this thread could have run and other programs had the processor (Linux)."""
+    waited = 0.0
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        # Nanoseconds on the processor and, second, in its queue: Documentation/scheduler/sched-stats.rst.
+        waited = int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    return time.monotonic() - waited
+
+
+class LongestPause:
+    """How long the event loop did not come round: a context manager with the seconds in ``seconds``."""
 
     def __enter__(self):
         from ClinicalFMambaPanel.process import QtTimer
 
-        self.seconds, self._last = 0.0, self._now()
+        self.seconds, self._last = 0.0, now()
         self._timer = QtTimer(self._tick, singleShot=False)
         self._timer.start(5)
         return self
 
-    @staticmethod
-    def _now():
-        waited = 0.0
-        with contextlib.suppress(OSError, IndexError, ValueError):
-            # Nanoseconds on the processor and, second, in its queue: Documentation/scheduler/sched-stats.rst.
-            waited = int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
-        return time.monotonic() - waited
-
     def _tick(self):
-        now = self._now()
-        self.seconds, self._last = max(self.seconds, now - self._last), now
+        passed = now()
+        self.seconds, self._last = max(self.seconds, passed - self._last), passed
 
     def __exit__(self, *_exception):
         self._tick()
         self._timer.stop()
+
+
+def pauseOfShowing(image):
+    """The longest pause while Slicer itself takes over and draws a volume, which no module can make shorter."""
+    with LongestPause() as pause:
+        node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", "shown by Slicer")
+        node.CreateDefaultDisplayNodes()
+        node.GetDisplayNode().AutoWindowLevelOff()
+        node.SetAndObserveImageData(image)
+        slicer.util.setSliceViewerLayers(background=node, fit=True)
+        end = time.monotonic() + 1
+        spin(lambda: time.monotonic() > end)
+    slicer.mrmlScene.RemoveNode(node)
+    return pause.seconds
+
+
+class OwnTurns:
+    """Makes the timers and processes of a logic such that ``longest`` is the longest of their turns, in seconds.
+
+    That is all that the logic, and the panel that listens to it, do in the event loop; what Slicer draws is not in it.
+    """
+
+    def __init__(self):
+        self.longest = 0.0
+
+    def makeTimer(self, function, singleShot=True):
+        from ClinicalFMambaPanel.process import QtTimer
+
+        return QtTimer(self.timed(function), singleShot)
+
+    def makeProcess(self, *functions):
+        from ClinicalFMambaPanel.process import QtProcess
+
+        return QtProcess(*map(self.timed, functions))
+
+    def timed(self, function):
+        def turn(*args):
+            began = now()
+            try:
+                return function(*args)
+            finally:
+                self.longest = max(self.longest, now() - began)
+
+        return turn

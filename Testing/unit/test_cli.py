@@ -13,7 +13,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from ClinicalFMambaLib import NOTICE, __version__, cli, pretrained
+from ClinicalFMambaLib import NOTICE, __version__, pretrained
 from ClinicalFMambaLib.config import ModelConfig
 from ClinicalFMambaLib.models.clinicalfmamba import ClinicalFMamba
 from ClinicalFMambaLib.phantom import make_phantom
@@ -85,18 +85,6 @@ def bundle(files, tmp_path_factory, monkeypatch):
     monkeypatch.setattr(pretrained, "FOLDER", folder)
     monkeypatch.setattr(pretrained, "INDEX", folder / "index.json")
     return folder
-
-
-@pytest.fixture
-def run(capfd):
-    """Run a command in this process: status, stdout, stderr of the whole process, ITK's included."""
-
-    def call(*arguments):
-        capfd.readouterr()
-        status = cli.main([str(a) for a in arguments])
-        return (status, *capfd.readouterr())
-
-    return call
 
 
 # ------------------------------------------------------------------------------------------------ bad input

@@ -14,23 +14,11 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from ClinicalFMambaLib import NOTICE, cli, pretrained
+from ClinicalFMambaLib import NOTICE, pretrained
 from ClinicalFMambaLib.config import ModelConfig
 from ClinicalFMambaLib.models.clinicalfmamba import ClinicalFMamba
 
 TINY = ["model.channels=[4,4,8]", "model.mamba_layers=1", "data.crop=24", "training.warmup=1"]
-
-
-@pytest.fixture
-def run(capfd):
-    """Run a command in this process: status, stdout, stderr."""
-
-    def call(*arguments):
-        capfd.readouterr()
-        status = cli.main([str(a) for a in arguments])
-        return (status, *capfd.readouterr())
-
-    return call
 
 
 def save(path, array):
@@ -39,13 +27,9 @@ def save(path, array):
 
 
 @pytest.fixture
-def data(tmp_path):
+def data(tmp_path, write_pairs):
     """Three patients, MRI with CT."""
-    rng = np.random.default_rng(0)
-    for name in ("1001", "2001", "3001"):
-        for folder in ("MRI", "CT"):
-            save(tmp_path / "data" / folder / f"{name}.png", rng.integers(0, 255, (48, 48), dtype=np.uint8))
-    return tmp_path / "data"
+    return write_pairs(tmp_path / "data")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +59,11 @@ def keep_one_patient(data):
 
 BAD_DATA = {
     "no partner": (lambda d: drop(d, "MRI/2001.png"), "2001.png has no partner"),
-    "corrupt image": (lambda d: spoil(d, "CT/3001.png"), "3001.png: cannot be read as png"),
+    # one of the three is in the validation
+    **{
+        f"corrupt image {name}": (lambda d, n=name: spoil(d, f"CT/{n}.png"), f"{name}.png: cannot be read as png")
+        for name in ("1001", "2001", "3001")
+    },
     "different sizes": (lambda d: shrink(d, "CT/1001.png"), "do not fit each other"),
     "black image": (lambda d: save(d / "CT/1001.png", np.zeros((48, 48), np.uint8)), "constant"),
     "empty folders": (lambda d: [p.unlink() for p in d.rglob("*.png")], "hold no image"),

@@ -579,7 +579,7 @@ class ctkPathLineEdit(QtWidgets.QWidget):
         super().__init__(only_parent("ctkPathLineEdit", args))
         combo, button = QtWidgets.QComboBox(), QtWidgets.QToolButton()
         d = state(self, combo=combo, button=button, label="", filters=0x6007, options=0, settingKey="", nameFilters=[])
-        d.showBrowseButton, d.showHistoryButton, d.sizeAdjustPolicy, d.minimumContentsLength = True, True, 1, 0
+        d.showBrowseButton, d.showHistoryButton, d.sizeAdjustPolicy, d.minimumContentsLength = True, True, 2, 0
         d.valid = False
         combo.setEditable(True)
         combo.setSizePolicy(QtWidgets.QSizePolicy.Policy.Expanding, QtWidgets.QSizePolicy.Policy.Fixed)
@@ -588,6 +588,8 @@ class ctkPathLineEdit(QtWidgets.QWidget):
         layout = inner(self)
         layout.addWidget(combo)
         layout.addWidget(button)
+        # Before it has a name or a key, so that it shows the last path of all fields that have none.
+        self.retrieveHistory()
         wire(combo.lineEdit(), "textChanged(QString)", self, "_changed")
         wire(button, "clicked()", self, "browse")
 
@@ -622,18 +624,42 @@ class ctkPathLineEdit(QtWidgets.QWidget):
         if path:
             self.setCurrentPath(path)
 
+    def _history(self, paths=None):
+        settings, key = QtCore.QSettings(), "ctkPathLineEdit/" + (self._d.settingKey or self.objectName)
+        if paths is not None:
+            settings.setValue(key, paths)
+        stored = settings.value(key) or []
+        return [stored] if isinstance(stored, str) else list(stored)
+
     def addCurrentPathToHistory(self):
-        if self._d.settingKey and self.currentPath and self._d.combo.findText(self.currentPath) < 0:
-            self._d.combo.addItem(self.currentPath)
+        path = self.currentPath
+        if path:
+            self._history([path, *(p for p in self._history() if p != path)])
+            combo = self._d.combo
+            row = combo.findText(path)
+            if row >= 0:
+                combo.removeItem(row)
+            combo.insertItem(0, path)
+            combo.setCurrentIndex(0)
 
     def retrieveHistory(self):
-        pass
+        """The last paths of the settings key; the latest is the current one where there was none."""
+        combo, path = self._d.combo, self.currentPath
+        was = self.blockSignals(True)
+        combo.clear()
+        for stored_path in self._history()[:5]:
+            combo.addItem(stored_path)
+        if path:
+            self.setCurrentPath(path)
+        self.blockSignals(was)
+        if not path:
+            combo.setCurrentIndex(0)
 
     currentPath = QtCore.Property(str, lambda self: self._d.combo.currentText, setCurrentPath)
     label = stored(str, "label")
     filters = stored(int, "filters")
     options = stored(int, "options")
-    settingKey = stored(str, "settingKey")
+    settingKey = stored(str, "settingKey", lambda self: self.retrieveHistory())
     showBrowseButton = stored(bool, "showBrowseButton", lambda self: self._d.button.setVisible(self.showBrowseButton))
     showHistoryButton = stored(bool, "showHistoryButton")
     sizeAdjustPolicy = stored(int, "sizeAdjustPolicy")

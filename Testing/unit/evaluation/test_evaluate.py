@@ -121,8 +121,9 @@ def test_scale_of_fused_files(tmp_path, array, limits, expected):
     np.testing.assert_allclose(load_fused(tmp_path / "x.nrrd", source, limits)[0], expected, atol=1e-6)
 
 
-def test_an_unknown_scale_is_asked_for(tmp_path):
-    save(tmp_path / "x.nrrd", np.array([[[-5, 4000]]], np.int16))
+@pytest.mark.parametrize("values", [(-5, 4000), (0, 255), (0, 65535)])
+def test_an_unknown_scale_is_asked_for(tmp_path, values):
+    save(tmp_path / "x.nrrd", np.array([[values]], np.int32))
     with pytest.raises(InputError, match="--range LO,HI"):
         load_fused(tmp_path / "x.nrrd", Volume(np.zeros((1, 1, 2))))
 
@@ -160,9 +161,27 @@ def test_fused_images_that_do_not_fit_are_refused(pairs, tmp_path):
         score(tmp_path, cases, (), FEW)
     with pytest.raises(InputError, match="no fused image for 5 of 6 cases"):
         find_fused(tmp_path, cases, every=True)
+    save(tmp_path / "1001.jpg", np.zeros((64, 72), np.uint8))
+    with pytest.raises(InputError, match=r"two fused images for 1001: 1001.jpg and 1001.png"):
+        find_fused(tmp_path, cases)
+    (tmp_path / "1001.jpg").unlink()
     save(tmp_path / "stranger.png", np.zeros((64, 72), np.uint8))
     with pytest.raises(InputError, match=r"stranger.png; name them as the cases"):
         find_fused(tmp_path, cases)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "colour"),
+    [("png", False), ("png", True), ("jpg", False), ("jpg", True), ("tif", False), ("tif", True), ("nii.gz", False)],
+)
+def test_fused_images_of_any_format_and_in_colour(pairs, tmp_path, suffix, colour):
+    (case, *_) = cases = find_cases(pairs)
+    grey = np.rint(255 * load_case(case).max(0)).astype(np.uint8)
+    array = np.stack([grey] * 3, -1) if colour else grey
+    sitk.WriteImage(sitk.GetImageFromArray(array, isVector=colour), str(tmp_path / f"{case.name}.{suffix}"))
+    (row,) = score(tmp_path, cases, (), FEW, jobs=1)
+    expected = evaluate_all(BASELINES["maximum"](*load_case(case)), *load_case(case), FEW)
+    assert row.values == pytest.approx(expected, abs=0.05 if suffix == "jpg" else 0.002)
 
 
 def test_some_fused_images_are_enough(pairs, tmp_path, caplog):

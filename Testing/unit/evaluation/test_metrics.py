@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import statistics
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
+import skimage.metrics
+import torch
+from monai.metrics import MultiScaleSSIMMetric, SSIMMetric
 from scipy import ndimage
 
 from ClinicalFMambaLib.errors import InputError
@@ -87,19 +94,131 @@ def test_grey_level_metrics_by_hand():
     assert values["PSNR"] == pytest.approx((100 + 10 * np.log10(2)) / 2)
 
 
-def test_mutual_information_is_that_of_the_joint_histogram():
-    fused, a, b = images()
-    levels = [np.rint(image * 255).astype(int) for image in (fused, a, b)]
-    edges = [np.arange(257) - 0.5] * 2
+def entropy(counts):
+    p = np.array(list(counts)) / sum(counts)
+    return -sum(p * np.log2(p))
 
-    def entropy(p):
-        return -np.sum(p[p > 0] * np.log2(p[p > 0]))
 
-    expected = 0
-    for source in levels[1:]:
-        joint = np.histogram2d(levels[0].ravel(), source.ravel(), edges)[0] / fused.size
-        expected += entropy(joint.sum(0)) + entropy(joint.sum(1)) - entropy(joint)
-    assert METRICS["MI"].function(fused, a, b) == pytest.approx(expected, abs=1e-9)
+def reference_en(fused, *_):
+    return entropy(Counter(np.rint(fused * 255).ravel().tolist()).values())
+
+
+def reference_mi(fused, a, b):
+    f, *sources = [np.rint(image * 255).ravel().tolist() for image in (fused, a, b)]
+    one = [entropy(Counter(x).values()) for x in (f, *sources)]
+    return sum(one[0] + own - entropy(Counter(zip(f, x)).values()) for own, x in zip(one[1:], sources))
+
+
+def reference_sd(fused, *_):
+    return statistics.pstdev((fused * 255).ravel().tolist())
+
+
+def reference_sf(fused, *_):
+    h, w = fused.shape
+    rows = [(fused[y, x] - fused[y, x - 1]) ** 2 for y in range(h) for x in range(1, w)]
+    columns = [(fused[y, x] - fused[y - 1, x]) ** 2 for y in range(1, h) for x in range(w)]
+    return 255 * math.sqrt(sum(rows) / len(rows) + sum(columns) / len(columns))
+
+
+def reference_ag(fused, *_):
+    h, w = fused.shape
+
+    def slope(values, k):
+        first, last = max(k - 1, 0), min(k + 1, len(values) - 1)
+        return (values[last] - values[first]) / (last - first)
+
+    terms = [math.hypot(slope(fused[y], x), slope(fused[:, x], y)) / math.sqrt(2) for y in range(h) for x in range(w)]
+    return 255 * sum(terms) / ((h - 1) * (w - 1))
+
+
+def reference_fmi(fused, a, b):
+    """Fast-FMI of MATLAB's Sobel edge maps, from its definition, a window at a time."""
+    edges = [reference_edges(np.rint(image * 255)) for image in (fused, a, b)]
+    h, w = fused.shape
+    values = []
+    for source in edges[1:]:
+        for y in range(1, h - 1):
+            for x in range(1, w - 1):
+                p, q = (e[y - 1 : y + 2, x - 1 : x + 2].T.ravel() for e in (edges[0], source))
+                values.append(1.0 if (p == q).all() else window_information(p, q))
+    return np.mean(values)
+
+
+def reference_edges(image):
+    padded = np.pad(image, 1, mode="edge")
+    smooth, slope = (1, 2, 1), (-1, 0, 1)
+    h, w = image.shape
+    gx, gy = np.zeros((h, w)), np.zeros((h, w))
+    for y, x, i, j in itertools.product(range(h), range(w), range(3), range(3)):
+        gx[y, x] += smooth[i] * slope[j] * padded[y + i, x + j] / 8
+        gy[y, x] += slope[i] * smooth[j] * padded[y + i, x + j] / 8
+    strength = gx**2 + gy**2
+    threshold = 4 * strength.mean()
+    edges = np.zeros((h, w))
+    for y, x in itertools.product(range(h), range(w)):
+        left, right = strength[y, max(x - 1, 0)], strength[y, min(x + 1, w - 1)]
+        above, below = strength[max(y - 1, 0), x], strength[min(y + 1, h - 1), x]
+        here, across, down = strength[y, x], abs(gx[y, x]), abs(gy[y, x])
+        peak = (across >= down and left <= here > right) or (down >= across and above <= here > below)
+        edges[y, x] = here > threshold and peak
+    return edges
+
+
+def window_information(p, q):
+    distributions = []
+    for values in (p, q):
+        spread = values.max() - values.min()
+        values = (values - values.min()) / spread if spread else np.ones(9)
+        distributions.append(values / values.sum())
+    p, q = distributions
+    place = np.arange(1, 10)
+    deviation = [math.sqrt(max(sum(d * place**2) - sum(d * place) ** 2, 0)) for d in (p, q)]
+    correlation = 0.0 if np.ptp(p) == 0 or np.ptp(q) == 0 else np.corrcoef(p, q)[0, 1]
+    if correlation >= 0:
+        bound = [[min(p[: i + 1].sum(), q[: j + 1].sum()) for j in range(9)] for i in range(9)]
+    else:
+        bound = [[max(p[: i + 1].sum() + q[: j + 1].sum() - 1, 0) for j in range(9)] for i in range(9)]
+    # Hoeffding: the covariance is the sum of the cumulative distributions' difference
+    cells = itertools.product(range(9), range(9))
+    covariance = sum(bound[i][j] - p[: i + 1].sum() * q[: j + 1].sum() for i, j in cells)
+    usable = deviation[0] * deviation[1] > 1e-12 and abs(covariance) > 1e-12
+    mixing = correlation * deviation[0] * deviation[1] / covariance if usable else 0.0
+    information = 0.0
+    for i, j in itertools.product(range(9), range(9)):
+        cell = bound[i][j] - (bound[i - 1][j] if i else 0) - (bound[i][j - 1] if j else 0)
+        cell += bound[i - 1][j - 1] if i and j else 0
+        joint = mixing * cell + (1 - mixing) * p[i] * q[j]
+        information += joint * math.log2(abs(joint)) if joint else 0
+    marginal = [-sum(d[d > 0] * np.log2(d[d > 0])) for d in (p, q)]
+    return 2 * (sum(marginal) + information) / sum(marginal) if sum(marginal) > 0 else 0.0
+
+
+@pytest.mark.parametrize("name", ["EN", "MI", "SD", "SF", "AG", "FMI"])
+@pytest.mark.parametrize(("seed", "background"), [(6, True), (7, False)])
+def test_plain_loops_give_the_same(name, seed, background):
+    arrays = images((24, 31), seed, background)
+    expected = globals()[f"reference_{name.lower()}"](*arrays)
+    assert METRICS[name].function(*arrays) == pytest.approx(expected, abs=1e-9)
+
+
+def test_volumes_agree_with_other_packages():
+    """MONAI in float32; torchmetrics 1.9 gives other values for volumes than the definition does."""
+    fused, a, b = (ndimage.gaussian_filter(array[:, :44, :44], (1.5, 0, 0)) for array in volume(44))
+    tensors = [torch.from_numpy(array)[None, None].float() for array in (fused, a, b)]
+    window = {"spatial_dims": 3, "data_range": 1.0}
+    weights = np.array([0.0448, 0.2856, 0.3001])
+    ssim = SSIMMetric(win_size=11, kernel_sigma=1.5, **window)
+    ms_ssim = MultiScaleSSIMMetric(kernel_size=11, kernel_sigma=1.5, weights=tuple(weights / weights.sum()), **window)
+    expected = {
+        "PSNR": [skimage.metrics.peak_signal_noise_ratio(source, fused, data_range=1) for source in (a, b)],
+        "SSIM": [float(ssim(tensors[0], source)) for source in tensors[1:]],
+        "MS-SSIM": [float(ms_ssim(tensors[0], source)) for source in tensors[1:]],
+    }
+    for name, values in expected.items():
+        assert METRICS[name].function(fused, a, b) == pytest.approx(np.mean(values), abs=1e-4), name
+    correlations = [np.corrcoef((fused - x).ravel(), y.ravel())[0, 1] for x, y in ((b, a), (a, b))]
+    assert METRICS["SCD"].function(fused, a, b) == pytest.approx(sum(correlations), abs=1e-9)
+    assert METRICS["MI"].function(fused, a, b) == pytest.approx(reference_mi(fused, a, b), abs=1e-9)
 
 
 def test_edges_for_fmi_are_thin():
@@ -173,6 +292,15 @@ def test_native_3d_ignores_the_order_of_the_axes(name):
 def test_one_slice_is_an_image(name):
     function = METRICS[name].function
     assert function(*(image[None] for image in images())) == function(*images())
+
+
+@pytest.mark.parametrize("shape", [(64, 80), (11, 11), (16, 24, 20)])
+def test_ssim_is_that_of_scikit_image(shape):
+    similarity = pytest.importorskip("skimage.metrics").structural_similarity
+    fused, a, b = np.random.default_rng(0).random((3, *shape))
+    options = {"data_range": 1.0, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    expected = np.mean([similarity(source, fused, **options) for source in (a, b)])
+    assert METRICS["SSIM"].function(fused, a, b) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", ["SSIM", "MS-SSIM"])
@@ -282,8 +410,6 @@ def test_evaluate_all_unknown_name():
 
 
 def test_fast_enough():
-    import torch
-
     arrays = images((256, 256))
     evaluate_all(*(array[:48, :48] for array in arrays))
     # Idle threads spin, and process_time counts it.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -46,6 +48,12 @@ def test_mean_ranks_leave_the_sources_out_and_share_ties():
         "average": pytest.approx((2 + 4) / 2),
         "wavelet": pytest.approx((3.5 + 3) / 2),
     }
+
+
+def test_ranks_are_over_what_is_defined_for_all():
+    undefined = [replace(row, values={**row.values, "SCD": math.nan}) for row in TABLE]
+    assert mean_ranks(summarise(undefined))[MODEL] == 1
+    assert "Mean rank over SSIM among the 4 fusions" in " ".join(findings(undefined, summarise(undefined)))
 
 
 def test_findings_say_it_in_words():
@@ -155,12 +163,14 @@ def test_same_input_same_report(report, pairs, weights, tmp_path):
 def test_colour_volumes_and_few_patients(colour_pairs, volumes, weights, tmp_path):
     for name, data, sources in (("c", colour_pairs, ["MRI", "PET"]), ("v", volumes, ["t2", "flair"])):
         cases = find_cases(data)
-        evaluate_data(FusionEngine("cpu"), str(weights), data, cases, sources, tmp_path / name, ("SSIM",))
+        evaluate_data(FusionEngine("cpu"), str(weights), data, cases, sources, tmp_path / name, ("SSIM", "QABF"))
     rgb = np.asarray(Image.open(tmp_path / "c" / "example-1.png").convert("RGB")).astype(int)
     top = rgb[60:300, 300:560]  # the panel of the PET
     assert np.abs(top[..., 0] - top[..., 2]).max() > 50
     page = (tmp_path / "v" / "report.html").read_text()
     assert "2 patients are too few" in page
+    assert "QABF: of volumes on every 4th axial slice" in page
+    assert "axial slice" not in (tmp_path / "c" / "report.html").read_text()
     assert "was trained on MR with CT, not on MR with MR" in page
     assert {p.name for p in (tmp_path / "v" / "fused").iterdir()} == {"p1.nii.gz", "p2.nii.gz"}
 

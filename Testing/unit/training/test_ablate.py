@@ -8,10 +8,10 @@ import math
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
 from scipy import stats
 
 from ClinicalFMambaLib import NOTICE
+from ClinicalFMambaLib.config import ModelConfig
 from ClinicalFMambaLib.errors import InputError
 from ClinicalFMambaLib.evaluation.evaluate import Row
 from ClinicalFMambaLib.training import ablate as ablation
@@ -21,6 +21,7 @@ from ClinicalFMambaLib.training.train import load_preset
 TINY = [
     "model.channels=[4, 4, 8]",
     "model.mamba_layers=1",
+    "model.head=image",
     "data.crop=16",
     "training.steps=1",
     "training.steps_per_epoch=1",
@@ -29,15 +30,8 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pairs")
-    rng = np.random.default_rng(0)
-    for modality in ("MRI", "CT"):
-        (folder / modality).mkdir()
-        for name in ("1001", "2001", "3001"):
-            image = rng.integers(0, 255, (48, 48), dtype=np.uint8)
-            sitk.WriteImage(sitk.GetImageFromArray(image), str(folder / modality / f"{name}.png"))
-    return folder
+def data(tmp_path_factory, write_pairs):
+    return write_pairs(tmp_path_factory.mktemp("pairs"))
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +41,19 @@ def done(data, tmp_path_factory):
 
 
 def test_variants_change_one_thing_each():
-    assert variants(2) == {"full": {}, "without CMCA": {"cmca": False}, "single-direction scan": {"scan": "single"}}
-    assert list(variants(3).items())[2] == ("single-axis scan", {"scan": "single-axis"})
+    assert variants(ModelConfig(dimension=2)) == {
+        "full": {},
+        "without CMCA": {"cmca": False},
+        "single-direction scan": {"scan": "single"},
+    }
+    assert list(variants(ModelConfig(dimension=3)).items())[2] == ("single-axis scan", {"scan": "single-axis"})
+    assert variants(ModelConfig(dimension=2, head="blend"))["image head"] == {"head": "image"}
 
 
 def test_each_variant_sees_the_same_patients_and_seeds(done):
     out, rows = done
     assert [(row.method, row.patient) for row in rows] == [
-        (variant, seed) for seed in ("3407", "3408") for variant in variants(2)
+        (variant, seed) for seed in ("3407", "3408") for variant in variants(ModelConfig(dimension=2))
     ]
     for seed in ("3407", "3408"):
         records = [json.loads((p / "tiny.json").read_text()) for p in sorted(out.glob(f"*/seed-{seed}"))]

@@ -9,7 +9,7 @@ import torch
 
 from ClinicalFMambaLib.cases import find_cases
 from ClinicalFMambaLib.errors import InputError
-from ClinicalFMambaLib.training.data import CropSampler, PairCrops, ValidationPairs, split_by_patient
+from ClinicalFMambaLib.training.data import CropSampler, PairCrops, ValidationPairs, _augment, split_by_patient
 
 
 @pytest.fixture
@@ -81,6 +81,21 @@ def test_crops_repeat_with_the_seed_and_change_with_the_epoch(pairs):
     assert not torch.equal(draw(first), draw(second, epoch=1))
 
 
+@pytest.mark.parametrize("shape", [(24, 24), (12, 20, 20)])
+def test_augmentation_keeps_the_sources_registered(shape):
+    """Flips and transpositions are those of both; grey values change for each on its own, and keep their order."""
+    image = np.random.default_rng(0).random(shape, np.float32)
+    darkest, differ = set(), 0
+    for seed in range(40):
+        both = _augment(np.stack([image, image]), np.random.default_rng(seed))
+        assert both[0].shape == shape and both.min() >= 0 and both.max() <= 1
+        ranks = [x.argsort(None).argsort() for x in both]
+        assert np.corrcoef(*ranks)[0, 1] > 0.9
+        darkest.add(int(both[0].argmin()))
+        differ += not np.array_equal(*both)
+    assert len(darkest) > 2 ** len(shape) and differ > 20
+
+
 @pytest.mark.parametrize("dimension", [2, 3])
 def test_swapping_draws_all_sequences_in_any_order(cases, dimension):
     data = crops(find_cases(cases, ["t1ce", "t2", "flair"]), ["t1ce", "t2", "flair"], 8, dimension, swap=True)
@@ -109,6 +124,8 @@ def test_more_images_than_memory_are_mapped_from_disk(pairs, tmp_path, monkeypat
 def test_images_are_refused_by_a_3d_preset(pairs):
     with pytest.raises(InputError, match="use a 2D preset"):
         crops(find_cases(pairs), ["MRI", "CT"], 8, 3)
+    with pytest.raises(InputError, match="use a 2D preset"):
+        ValidationPairs(find_cases(pairs), ["MRI", "CT"], dimension=3, crop=8)
 
 
 def test_crops_larger_than_the_image_are_padded_black(pairs):

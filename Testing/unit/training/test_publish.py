@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
-import SimpleITK as sitk
-from scipy import ndimage
 
 from ClinicalFMambaLib import NOTICE
 from ClinicalFMambaLib.pretrained import sha256
@@ -25,15 +22,9 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    data, run, folder = (tmp_path_factory.mktemp(name) for name in ("data", "run", "bundle"))
-    rng = np.random.default_rng(0)
-    for modality in ("MRI", "CT"):
-        (data / modality).mkdir()
-        for name in ("1001", "2001"):
-            image = ndimage.gaussian_filter(rng.random((64, 64)), 2)
-            image = np.uint8(255 * (image - image.min()) / np.ptp(image))
-            sitk.WriteImage(sitk.GetImageFromArray(image), str(data / modality / f"{name}.png"))
+def published(tmp_path_factory, write_pairs):
+    run, folder = (tmp_path_factory.mktemp(name) for name in ("run", "bundle"))
+    data = write_pairs(tmp_path_factory.mktemp("data"), ("1001", "2001"), size=64)
     train(load_preset("mri-ct-2d", TINY), "mri-ct-2d", data, run)
     return run, folder, publish(run, data, folder)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
@@ -36,15 +38,8 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pairs")
-    rng = np.random.default_rng(0)
-    for modality in ("MRI", "CT"):
-        (folder / modality).mkdir()
-        for name in ("1001", "2001"):
-            image = rng.integers(0, 255, (48, 48), dtype=np.uint8)
-            sitk.WriteImage(sitk.GetImageFromArray(image), str(folder / modality / f"{name}.png"))
-    return folder
+def data(tmp_path_factory, write_pairs):
+    return write_pairs(tmp_path_factory.mktemp("pairs"), ("1001", "2001"))
 
 
 def run(data, out, steps=6, resume=False, *overrides):
@@ -114,6 +109,46 @@ def test_sigterm_saves_and_resuming_ends_with_the_same_bytes(data, whole, tmp_pa
     assert error.value.signal == signal.SIGTERM
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     assert run(data, tmp_path, resume=True).read_bytes() == whole.read_bytes()
+    assert_same(checkpoint(tmp_path), checkpoint(whole.parent))
+
+
+def checkpoint(out):
+    return torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def assert_same(one, two, where="checkpoint"):
+    """Bit by bit, all but times and places."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, two), where
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys(), where
+        for key in one.keys() - {"Timer", "dirpath", "best_model_path", "kth_best_model_path", "last_model_path"}:
+            if not str(key).startswith("ModelCheckpoint"):
+                assert_same(one[key], two[key], f"{where}/{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(two), where
+        for k, values in enumerate(zip(one, two)):
+            assert_same(*values, f"{where}/{k}")
+    else:
+        assert one == two, where
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system has no SIGUSR1")
+def test_a_slurm_job_that_is_told_of_its_end_saves_and_goes_on(data, whole, tmp_path, monkeypatch):
+    job = {"JOB_ID": "71234", "JOB_NAME": "train", "NODELIST": "localhost", "NTASKS": "1", "NTASKS_PER_NODE": "1"}
+    for name, value in {**job, "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    # which Lightning would load, of whatever run it is
+    (tmp_path / "hpc_ckpt_1.ckpt").write_bytes(b"of another run")
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        at_step(patch, FusionModule, "training_step", 1, 0, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        with pytest.raises(Stopped, match="stopped at step 4") as error:
+            run(data, out, 6, True)
+    assert error.value.signal == signal.SIGUSR1
+    assert run(data, out, 6, True).read_bytes() == whole.read_bytes()
+    assert not list(out.rglob("hpc*"))
 
 
 def test_ctrl_c_in_the_validation_ends_the_epoch_and_saves(data, whole, tmp_path, monkeypatch):
@@ -146,17 +181,61 @@ def test_a_full_disk_leaves_the_last_checkpoint(data, whole, tmp_path, monkeypat
     with monkeypatch.context() as patch:
 
         def fill():
-            def full(checkpoint, path):
-                path.write_bytes(b"half a")
+            def full(path, data):
+                path.write_text("half a")
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-            patch.setattr(torch, "save", full)
+            patch.setattr(Path, "write_bytes", full)
 
         at_step(patch, FusionModule, "training_step", 1, 0, fill)
         with pytest.raises(OutputError, match="No space left"):
             run(data, tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
     assert run(data, tmp_path, resume=True).read_bytes() == whole.read_bytes()
+
+
+def test_files_that_are_spoilt_in_an_epoch_do_not_stop_it(data, whole, tmp_path, monkeypatch):
+    copy = shutil.copytree(data, tmp_path / "data")
+
+    def spoil():
+        for path in copy.rglob("*.png"):
+            path.write_bytes(b"no more")
+
+    at_step(monkeypatch, FusionModule, "training_step", 0, 1, spoil)
+    assert run(copy, tmp_path / "run").read_bytes() == whole.read_bytes()
+    with pytest.raises(InputError, match=r"cannot be read"):
+        run(copy, tmp_path / "run", 9, True)
+
+
+def test_a_run_never_goes_on_with_validation_patients_that_it_was_trained_on(data, whole):
+    (trained_on,) = json.loads(whole.with_suffix(".json").read_text())["training_patients"]
+    with pytest.raises(InputError, match=rf"trained on {trained_on}, which would be validation patients"):
+        run(data, whole.parent, 6, True, f"data.validation=['{trained_on}']")
+
+
+def test_a_run_goes_on_with_another_rate_and_more_steps(data, tmp_path, caplog):
+    run(data, tmp_path, 3)
+    run(data, tmp_path, 6, True, "training.lr=1e-5")
+    (warning,) = [r.getMessage() for r in caplog.records if "other settings" in r.getMessage()]
+    assert "training.lr=1e-05 (was 0.001), training.steps=6 (was 3)" in warning
+    state = checkpoint(tmp_path)
+    assert state["global_step"] == 6
+    assert state["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(1e-6)
+    rates = EventAccumulator(str(tmp_path / "logs")).Reload().Scalars("lr-Adam")
+    assert rates[-1].step >= 3 and rates[-1].value < 1.1e-5
+
+
+def test_the_schedule_is_a_warm_up_and_a_cosine():
+    module = FusionModule(ModelConfig(channels=(4, 4, 8), mamba_layers=0), LossWeights(), 1e-3, 50, 10)
+    optimiser = torch.optim.Adam([torch.zeros(1)], 1e-3)
+    warm_up = torch.optim.lr_scheduler.LinearLR(optimiser, 0.05, total_iters=10)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 40, eta_min=1e-6)
+    reference = torch.optim.lr_scheduler.SequentialLR(optimiser, [warm_up, cosine], [10])
+    for step in range(51):
+        assert module.learning_rate(step) == pytest.approx(optimiser.param_groups[0]["lr"], rel=1e-6), step
+        optimiser.step()
+        reference.step()
+    assert module.learning_rate(60) == pytest.approx(1e-6)
 
 
 def test_a_run_is_not_overwritten(data, whole):
@@ -254,8 +333,9 @@ def test_every_preset_is_complete():
         ("mri-ct-2d", "nonsense.steps=1", "section.key=value"),
         ("mri-ct-2d", "training.steps=[", "not valid YAML"),
         ("mri-ct-2d", "loss.sism=1", "unknown option loss.sism"),
-        ("mri-ct-2d", "trainer.gpus=2", "unknown option 'gpus'"),
-        ("mri-ct-2d", "trainer.max_epochs=2", "unknown option 'max_epochs'"),
+        ("mri-ct-2d", "trainer.gpus=2", "trainer.gpus cannot be set; .* devices"),
+        ("mri-ct-2d", "trainer.max_epochs=2", "trainer.max_epochs cannot be set"),
+        ("mri-ct-2d", "trainer.fast_dev_run=true", "trainer.fast_dev_run cannot be set"),
         ("mri-ct-2d", "training.steps=many", "training.steps='many' should be int"),
         ("mri-ct-2d", "training.lr=fast", "training.lr='fast' should be float"),
         ("mri-ct-2d", "training.lr=0", "must be positive"),

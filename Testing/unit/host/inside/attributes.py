@@ -214,6 +214,28 @@ class Widgets(unittest.TestCase):
         r.setValues(50, -50)
         self.assertEqual(got[-1], (-50, 50))
 
+    def test_path_line_edit_keeps_a_history(self):
+        """ctkPathLineEdit.cpp: the latest path of its key, or of all fields without one, is there from the start."""
+        first = ctk.ctkPathLineEdit()
+        first.setObjectName("first")
+        first.settingKey = "weights"
+        self.assertEqual(first.currentPath, "")
+        first.currentPath = "/a/one.safetensors"
+        first.addCurrentPathToHistory()
+        first.currentPath = "/a/two.safetensors"
+        first.addCurrentPathToHistory()
+        got = []
+        second = ctk.ctkPathLineEdit()
+        second.connect("currentPathChanged(QString)", got.append)
+        second.settingKey = "weights"
+        self.assertEqual(second.currentPath, "/a/two.safetensors")
+        self.assertEqual(got, [])  # its signals are blocked when the first path gets into the combo box
+        self.assertEqual(second.comboBox().count, 2)
+        nameless = ctk.ctkPathLineEdit()
+        nameless.currentPath = "/b/other.txt"
+        nameless.addCurrentPathToHistory()
+        self.assertEqual(ctk.ctkPathLineEdit().currentPath, "/b/other.txt")
+
     def test_path(self):
         got = []
         p = ctk.ctkPathLineEdit()
