@@ -154,6 +154,9 @@ _Plane = Annotated[str, typer.Option(metavar="auto|axial|coronal|sagittal", help
 _Resample = Annotated[
     bool, typer.Option("--resample/--no-resample", help="Interpolate B onto A's grid if they differ.")
 ]
+_Precision = Annotated[
+    str, typer.Option(metavar="float32|bfloat16", help="bfloat16 is faster on new processors, and less exact.")
+]
 _MaxMemory = Annotated[float | None, typer.Option(metavar="GIB", help="Bound on the network's memory.")]
 
 
@@ -170,6 +173,7 @@ def fuse(
     modality_b: _ModalityB = "",
     plane: _Plane = "auto",
     resample: _Resample = False,
+    precision: _Precision = "float32",
     max_memory: _MaxMemory = None,
     preview: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Also write A, B and the result as a picture.")
@@ -188,6 +192,7 @@ def fuse(
         modality_b=modality_b,
         plane=plane,
         resample=resample,
+        precision=precision,
         max_memory_gib=max_memory,
     )
     from .outputs import write_result
@@ -274,6 +279,7 @@ def batch(
     modality_b: _ModalityB = "",
     plane: _Plane = "auto",
     resample: _Resample = False,
+    precision: _Precision = "float32",
     max_memory: _MaxMemory = None,
     format: Annotated[
         str, typer.Option(metavar="nrrd|nii.gz|mha|png|...", help="By default .nrrd, and .png for images.")
@@ -312,6 +318,7 @@ def batch(
         modality_b=modality_b,
         plane=plane,
         resample=resample,
+        precision=precision,
         max_memory_gib=max_memory,
     )
     table = read_cases(cases, options)

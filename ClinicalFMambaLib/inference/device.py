@@ -56,6 +56,15 @@ def free_memory(device: torch.device) -> float | None:
     return None
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether convolutions in bfloat16 are worth it on ``device``: without instructions for it they are emulated."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return (
+        device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of torch or numpy says that memory ran out."""
     if isinstance(error, MemoryError):

@@ -26,7 +26,7 @@ from ..pretrained import find_weights, load_model, read_index, sha256
 from ..preview import PLANES, patient_axes, to_uint8
 from ..volumes import Volume, check_registration, compare_grids, overlap_fraction, resample_onto
 from .colour import luma, rgb_to_ycbcr, ycbcr_to_rgb
-from .device import GIB, choose_device, free_memory, is_out_of_memory
+from .device import GIB, choose_device, free_memory, has_bfloat16, is_out_of_memory
 from .intensity import Window, apply_window, choose_window, count_nonfinite, guess_modality
 from .plan import MIN_TILE_BYTES, TILE_BYTES, FusionPlan, build_plan, largest_tile, memory_needed
 
@@ -222,7 +222,7 @@ class FusionEngine:
             record["grid_difference"] = difference
 
         with run.step("loading the model", 0.02) as record:
-            model = self._choose_model(options.model, first, second, device, run)
+            model = self._choose_model(options, first, second, device, run)
             record["model"] = model.name
 
         if difference:
@@ -255,7 +255,7 @@ class FusionEngine:
             except torch.cuda.OutOfMemoryError:
                 run.warn(f"{device.type} ran out of memory: the pair was fused on the CPU, which takes longer")
                 device, reason = torch.device("cpu"), f"{device.type} ran out of memory"
-                model = self._load(str(model.path), device, model.name)
+                model = self._load(str(model.path), device, model.network.precision, model.name)
                 fused = _apply_network(model, pair, axis, options.max_memory_gib, run)
             record["network_inputs"] = [second.name, first.name] if swapped else [first.name, second.name]
             record["scan_backend"] = model.network.scan_backend
@@ -302,17 +302,21 @@ class FusionEngine:
             unit="pixels" if pixels else "mm",
         )
 
-    def _choose_model(self, choice: str, first: _Source, second: _Source, device, run: _Run) -> _Loaded:
+    def _choose_model(self, options: FusionOptions, first: _Source, second: _Source, device, run: _Run) -> _Loaded:
         """Load the model asked for, or the bundled one that fits the pair best; warn where it fits badly."""
+        choice, precision = options.model, options.precision
+        if precision == "bfloat16" and not has_bfloat16(device):
+            run.warn(f"{device.type} has no bfloat16 arithmetic: the network runs in float32")
+            precision = "float32"
         flat = first.volume.shape[0] == 1
         colour = first.volume.is_colour or second.volume.is_colour
         pair = (first.modality, second.modality)
         if choice == "auto":
-            model = self._load(_best_bundled(pair, flat, colour), device)
+            model = self._load(_best_bundled(pair, flat, colour), device, precision)
         else:
-            model = self._load(choice, device)
+            model = self._load(choice, device, precision)
             if model.config.dimension == 3 and flat:
-                model = self._load(_best_bundled(pair, flat, colour, instead_of=model.name), device)
+                model = self._load(_best_bundled(pair, flat, colour, instead_of=model.name), device, precision)
                 run.warn(f"{choice} is a 3D model and the input has one slice: {model.name} is used instead")
         if model.modalities and sorted(model.modalities) != sorted(pair):
             run.warn(
@@ -321,12 +325,12 @@ class FusionEngine:
             )
         return model
 
-    def _load(self, choice: str, device: torch.device, name: str = "") -> _Loaded:
+    def _load(self, choice: str, device: torch.device, precision: str = "float32", name: str = "") -> _Loaded:
         """A model by name or path, from memory where its file has not changed since."""
         found, path = find_weights(choice)
         name = name or found
         status = path.stat()
-        key = (str(path.resolve()), status.st_mtime_ns, status.st_size, str(device))
+        key = (str(path.resolve()), status.st_mtime_ns, status.st_size, str(device), precision)
         if key not in self._loaded:
             module, metadata = load_model(path)
             entry = read_index().get(name, metadata)
@@ -337,7 +341,7 @@ class FusionEngine:
                 module.config,
                 _modalities(entry.get("modalities", ())),
                 device,
-                build_plan(module.to(device)),
+                build_plan(module.to(device), precision),
             )
         return self._loaded[key]
 

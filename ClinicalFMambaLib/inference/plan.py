@@ -12,28 +12,32 @@ Exact rewritings of :class:`..models.clinicalfmamba.ClinicalFMamba`; only roundi
   sources. Its border, where the head sees zeros, is corrected by what the convolution would see beyond the edge;
 - CMCA's pools are those of one 3×3 convolution of a source: the maximum is taken tile after tile, the mean is a
   product of the kernel with sums over the source;
-- both modalities pass through the Mamba layers together, chunk after chunk of tokens with a carried state.
+- tokens pass through the Mamba layers chunk after chunk with a carried state;
+- what the first level makes of black air around the head is known beforehand: only the head's box is computed.
 
 What lies between two levels of resolution is computed in tiles with exact halos. Maps of the whole volume exist only
 at a quarter of the resolution and below, so that memory hardly grows with the volume and nothing is approximated.
+Tiles, modalities and scans are tasks of one core each (:mod:`.tasks`).
 
 Source: Zhou and Khalvati, arXiv 2508.03008, section 2, for the network.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..config import ModelConfig
+from ..config import PRECISIONS, ModelConfig
 from ..errors import InputError
 from ..models.blocks import SLOPE
 from ..models.clinicalfmamba import STRIDE, ClinicalFMamba, fused_from_maps, pad_to_stride
@@ -42,21 +46,26 @@ from ..ops.scan_order import DIRECTIONS, scan_axes
 from ..ops.selective_scan import available_backends, selective_scan
 from ..ops.token_scan import causal_conv_silu, scan_tokens
 from .device import is_out_of_memory
+from .tasks import cores, run_all, run_as_ready
 
 logger = logging.getLogger(__name__)
 
 STAGES = ("encoder", "mamba", "pools", "decoder")
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Bytes of the largest map of a tile. What a tile leaves is used again by the next one as long as the C library keeps
 # it (32 MiB at most), and memory fresh from the system costs as much time as the convolution that fills it.
-TILE_BYTES = 24 * 2**20
+TILE_BYTES = 12 * 2**20
 MIN_TILE_BYTES = 2**20
 # Maps of this size that live at once in a tile, with their halos.
 _MAPS_OF_A_TILE = 12
+# A map that is smaller than this is not cut for the sake of one more core.
+_WORTH_A_CORE = 2**20
+# Voxels whose 3×3 windows are laid out at once for CMCA's maximum.
+_POOL_VOXELS = 16**3
 # Tokens of one chunk of a scan, times sequences: 4 MiB for each of its float32 maps of two modalities.
 CHUNK = 2048
 
 Box = tuple[tuple[int, int], ...]
+Tile = tuple[slice, Box]  # some samples of a batch, and a part of their volume
 Tick = Callable[[float], None]
 
 
@@ -93,8 +102,9 @@ class FusionPlan:
         self.scan_backend = available_backends(device)[0]
         self.tile_bytes = TILE_BYTES
         self.seconds: dict[str, float] = {}
+        self._cores = 1
         with torch.no_grad():
-            dtype = PRECISIONS[precision]
+            self.dtype = dtype = getattr(torch, precision)
             stem = (model.stem.weight.double(), model.stem.bias.double())
             self.stem_down = _Conv(*_compose_stride2(stem, model.encoder[0][0]), dtype, stride=2)
             self.downs = [_Conv(*_parameters(level[0]), dtype, stride=2) for level in model.encoder[1:]]
@@ -124,7 +134,7 @@ class FusionPlan:
                 f"a {self.dimension}D model needs two inputs of one shape; got {tuple(a.shape)} and {tuple(b.shape)}"
             )
         tick = tick or (lambda fraction: None)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._one_core_each():
             size = a.shape[2:]
             padded, shape = self._pad(a, b)
             times = [time.perf_counter()]
@@ -137,11 +147,23 @@ class FusionPlan:
 
             tokens = stage(self.encode(padded, shape, lambda f: tick(0.4 * f)))
             tokens = stage(self.fuse_tokens(tokens, lambda f: tick(0.4 + 0.2 * f)))
-            weights = stage(self.cmca.weights(padded, shape) if self.cmca is not None else None)
+            weights = stage(self.cmca.weights(padded, shape, self._cores) if self.cmca is not None else None)
             tick(0.65)
             fused = stage(self.decode(tokens, padded, weights, shape, lambda f: tick(0.65 + 0.35 * f)))
             self.seconds = {name: end - start for name, start, end in zip(STAGES, times, times[1:])}
             return fused[(..., *(slice(n) for n in size))]
+
+    @contextlib.contextmanager
+    def _one_core_each(self) -> Iterator[None]:
+        """Tasks instead of operations share the cores: torch's own threads would wait for work on the same cores."""
+        threads, self._cores = torch.get_num_threads(), cores(self.device)
+        try:
+            if self._cores > 1:
+                torch.set_num_threads(1)
+            yield
+        finally:
+            self._cores = 1
+            torch.set_num_threads(threads)
 
     def _pad(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
         """Both sources, each padded to the network's stride, with two zeros around: what the 5×5 convolution reaches.
@@ -155,25 +177,48 @@ class FusionPlan:
         inside[len(a) :] = pad_to_stride(b.to(self.device).float())
         return padded, shape
 
-    def _in_tiles(
-        self, shape: Sequence[int], bytes_each: float, even: bool, work: Callable[[Box], None], tick: Tick
-    ) -> None:
-        """Call ``work`` for boxes that cover ``shape``; where memory runs out, halve them and go on."""
-        boxes = list(_boxes(shape, self.tile_bytes / bytes_each, even))
-        done, total = 0, math.prod(shape)
-        while boxes:
-            box = boxes[0]
-            try:
-                work(box)
-            except (MemoryError, RuntimeError) as error:
-                halves = [part for box in boxes for part in _halves(box, even)]
-                if not is_out_of_memory(error) or len(halves) == len(boxes) or self.tile_bytes < MIN_TILE_BYTES:
-                    raise
-                boxes, self.tile_bytes = halves, self.tile_bytes // 2
+    def _tiles(self, samples: int, shape: Sequence[int], bytes_each: float, even: bool, region=None) -> deque[Tile]:
+        """Cut a map into tiles of about ``tile_bytes``, and into one for each core at least where that is worth it.
+
+        Args:
+            samples: of the batch. shape: of one of them. bytes_each: of one voxel.
+            region: the box that some samples need, where that is not all of it; see :meth:`_lit`.
+        """
+        threads = self._cores
+        at_once = int(self.tile_bytes / (math.prod(shape) * bytes_each))
+        groups = -(-samples // max(1, min(at_once, -(-samples // threads))))
+        tiles: deque[Tile] = deque()
+        for part in _slices(samples, groups):
+            box = region(part) if region else tuple((0, n) for n in shape)
+            edges = [high - low for low, high in box]
+            if 0 in edges:
+                continue
+            each = bytes_each * (part.stop - part.start)
+            share = math.prod(edges) * each * groups / threads
+            limit = min(self.tile_bytes, max(share, _WORTH_A_CORE)) / each
+            for inner in _boxes(edges, limit, even):
+                tiles.append((part, tuple((o + low, o + high) for (o, _), (low, high) in zip(box, inner))))
+        return tiles
+
+    def _in_tiles(self, tiles: deque[Tile], even: bool, work: Callable[[slice, Box], None], tick: Tick) -> None:
+        """Call ``work`` for all tiles; where memory runs out, halve those that are left and go on."""
+
+        def voxels(tile: Tile) -> int:
+            return (tile[0].stop - tile[0].start) * math.prod(high - low for low, high in tile[1])
+
+        done, total = 0, sum(map(voxels, tiles))
+        for tile, error in run_as_ready(tiles, lambda tile: work(*tile), self._cores):
+            if isinstance(error, Exception):
+                halves = [(part, half) for part, box in (tile, *tiles) for half in _halves(box, even)]
+                whole = len(halves) == 1 + len(tiles)
+                if not is_out_of_memory(error) or whole or self.tile_bytes < MIN_TILE_BYTES:
+                    raise error
+                tiles.clear()
+                tiles += halves
+                self.tile_bytes //= 2
                 logger.warning("memory ran out: going on with tiles of %.1f MiB", self.tile_bytes / 2**20)
                 continue
-            del boxes[0]
-            done += math.prod(high - low for low, high in box)
+            done += voxels(tile)
             tick(done / total)
 
     # ---------------------------------------------------------------------------------------------- encoder
@@ -189,10 +234,9 @@ class FusionPlan:
             (2B, C, D/8, H/8, W/8).
         """
 
-        def first(box: Box) -> torch.Tensor:
+        def first(samples: slice, box: Box) -> torch.Tensor:
             # the half-resolution voxel h reads the source at 2h - 1 ... 2h + 2
-            part = padded[(..., *(slice(2 * low + 1, 2 * high + 3) for low, high in box))]
-            return self.stem_down(part)
+            return self.stem_down(_view(padded[samples], tuple((2 * low + 1, 2 * high + 3) for low, high in box)))
 
         source, out = first, None
         for level, block in enumerate(self.blocks):
@@ -202,15 +246,55 @@ class FusionPlan:
             step = 1 if last else 2
             out_shape = [n // step for n in here]
             channels = block.channels if last else down.channels
-            out = _empty((padded.shape[0], channels, *out_shape), self.stem_down.weight.dtype, self.device)
-            bytes_each = padded.shape[0] * block.channels * out.element_size() * step**self.dimension
+            out = _empty((padded.shape[0], channels, *out_shape), self.dtype, self.device)
+            region = functools.partial(self._lit, padded, out) if level == 0 else None
+            bytes_each = block.channels * out.element_size() * step**self.dimension
+            tiles = self._tiles(padded.shape[0], out_shape, bytes_each, not last, region)
             work = functools.partial(_encode_tile, source, block, down, here, out)
             start, share = ((0, 0.55), (0.55, 0.3), (0.85, 0.15))[level]
-            self._in_tiles(
-                out_shape, bytes_each, not last, work, lambda f, start=start, share=share: tick(start + share * f)
-            )
-            source = functools.partial(_view, out)
+            self._in_tiles(tiles, not last, work, lambda f, start=start, share=share: tick(start + share * f))
+            source = functools.partial(_part, out)
         return out
+
+    def _lit(self, padded: torch.Tensor, out: torch.Tensor, samples: slice) -> Box:
+        """The part of the first level's output that depends on voxels that are not zero; the rest of it is filled.
+
+        A voxel i reads the source at 4i - 2h - 1 ... 4i + 2h + 4, where h is the block's halo.
+        """
+        shape, halo = out.shape[2:], 1 + self.blocks[0].dilation
+        size = 2 * -(-halo // 2) + 1  # of a black volume whose middle does not see its edges
+        sources = padded[samples]
+        box = []
+        for axis, n in enumerate(shape, start=2):
+            lit = torch.amax(sources, [k for k in range(sources.dim()) if k != axis]).nonzero()
+            # two zeros are around the source
+            low, high = (int(lit[0]) - 2, int(lit[-1]) - 2) if len(lit) else (0, -4 * n)
+            low, high = max(0, -((2 * halo + 4 - low) // 4)), min(n, (high + 2 * halo + 1) // 4 + 1)
+            box.append((low, max(low, high)))
+        if min(shape) < size:
+            return tuple((0, n) for n in shape)
+        if any((low, high) != (0, n) for (low, high), n in zip(box, shape)):
+            self._fill_black(out[samples], size)
+        return tuple(box)
+
+    def _fill_black(self, out: torch.Tensor, size: int) -> None:
+        """Fill with what the first level makes of a black volume: it depends only on how far the edges are."""
+        black = torch.zeros((1, 1, *[4 * size + 4] * self.dimension), device=self.device)
+        table = _empty((1, out.shape[1], *[size] * self.dimension), self.dtype, self.device)
+
+        def source(samples: slice, box: Box) -> torch.Tensor:
+            return self.stem_down(_view(black, tuple((2 * low + 1, 2 * high + 3) for low, high in box)))
+
+        everything = slice(0, 1), tuple((0, size) for _ in range(self.dimension))
+        _encode_tile(source, self.blocks[0], self.downs[0], [2 * size] * self.dimension, table, *everything)
+        table = table[0].movedim(0, -1).contiguous()
+        edge = size // 2
+        first, *others = ([min(i, edge) if i < n - edge else size - n + i for i in range(n)] for n in out.shape[2:])
+        for axis, index in enumerate(others, start=1):
+            table = table.index_select(axis, torch.tensor(index, device=self.device))
+        target = out.movedim(1, -1)
+        for i, row in enumerate(first):
+            target[:, i] = table[row]
 
     # ----------------------------------------------------------------------------------------------- tokens
 
@@ -220,9 +304,9 @@ class FusionPlan:
         x = features.movedim(1, -1).float().flatten(1, -2).contiguous()
         x = x.unflatten(0, (2, -1))  # (2, B, L, C)
         for number, layer in enumerate(self.layers):
-            x = layer(x, shape, self.config.scan, self.scan_backend)
+            x = layer(x, shape, self.config.scan, self.scan_backend, self._cores)
             tick((number + 1) / (len(self.layers) + 1))
-        x = self.fusion(x, shape, self.config.scan, self.scan_backend)
+        x = self.fusion(x, shape, self.config.scan, self.scan_backend, self._cores)
         tick(1.0)
         mixed = F.linear((x[0] + x[1]) / 2, *self.mix)
         return mixed.unflatten(1, shape).movedim(-1, 1)
@@ -242,32 +326,40 @@ class FusionPlan:
         """
         first, second, third = self.ups
         dimension, batch = self.dimension, tokens.shape[0]
-        quarter = F.pad(tokens.to(first.weight.dtype), [1, 1] * dimension)
-        quarter = _clear_outside(
-            _interleave(first(quarter), dimension), [(-1, n // 4 + 1) for n in shape], [n // 4 for n in shape]
-        )
+        deep = F.pad(tokens.to(self.dtype), [1, 1] * dimension)
+        quarter = _empty((batch, first.channels // 2**dimension, *(n // 4 + 2 for n in shape)), self.dtype, self.device)
+
+        def first_tile(samples: slice, box: Box) -> None:
+            part = first(_part(deep, samples, tuple((low, high + 1) for low, high in box)))
+            _part(quarter, samples, tuple((2 * low, 2 * high) for low, high in box)).copy_(_interleave(part, dimension))
+
+        shape_of_phases = [n // 8 + 1 for n in shape]
+        tiles = self._tiles(batch, shape_of_phases, first.channels * quarter.element_size(), False)
+        self._in_tiles(tiles, False, first_tile, lambda f: tick(0.1 * f))
+        _clear_outside(quarter, [(-1, n // 4 + 1) for n in shape], [n // 4 for n in shape])
         half = [n // 2 for n in shape]
         fused = torch.empty((batch, 1, *shape), device=self.device)
         branch = self.cmca.branch(padded, shape, weights) if weights is not None else None
-        bytes_each = batch * third.channels * third.weight.element_size()
+        tiles = self._tiles(batch, half, third.channels * quarter.element_size(), True)
 
-        def decode_tile(box: Box) -> None:
+        def decode_tile(samples: slice, box: Box) -> None:
             # voxel p of the padded quarter-resolution map is at p + 1
-            part = quarter[(..., *(slice(low // 2, high // 2 + 2) for low, high in box))]
+            part = _part(quarter, samples, tuple((low // 2, high // 2 + 2) for low, high in box))
             around = [(low - 1, high + 1) for low, high in box]
             part = _clear_outside(_interleave(second(part), dimension), around, half)
             part = _clear_phases(third(part), box, half)
             logits = self.head(part).float()
             if branch is not None:
-                logits += branch.phases(box)
+                logits += branch.phases(samples, box)
             logits = _interleave(logits, dimension)
             place = tuple((2 * low, 2 * high) for low, high in box)
             if branch is not None:
-                branch.correct_border(logits, place)
-            a, b = _view(padded, tuple((low + 2, high + 2) for low, high in place)).split(batch)
-            _view(fused, place).copy_(fused_from_maps(logits, a, b))
+                branch.correct_border(logits, samples, place)
+            inside = tuple((low + 2, high + 2) for low, high in place)
+            a, b = (_part(x, samples, inside) for x in padded.split(batch))
+            _part(fused, samples, place).copy_(fused_from_maps(logits, a, b))
 
-        self._in_tiles(half, bytes_each, True, decode_tile, tick)
+        self._in_tiles(tiles, True, decode_tile, lambda f: tick(0.1 + 0.9 * f))
         return fused
 
 
@@ -276,8 +368,8 @@ def memory_needed(
 ) -> float:
     """Bytes that a plan takes for ``batch`` pairs of ``shape``, (H, W) or (D, H, W); an estimate from above.
 
-    Counts both sources and the result, what exists at once of the maps of the whole volume, a chunk of the scan and
-    the maps of a tile.
+    Counts both sources and the result, what exists at once of the maps of the whole volume, and for each of torch's
+    threads a chunk of the scan and the maps of a tile.
     """
     dimension = config.dimension
     voxels = batch * math.prod(n + -n % STRIDE for n in shape)
@@ -288,9 +380,10 @@ def memory_needed(
         2 * 4 * eighth * (4 * c2 + 2 * config.d_inner),  # Mamba: x, normed, two orders; scan's output and their sum
         2 * element_size * c1 * quarter + 4 * voxels,  # decoder
     )
-    tile = min(tile_bytes, 2 * element_size * c0 * voxels / 2**dimension)
-    tokens = min(CHUNK, eighth)
-    chunk = 2 * 4 * tokens * config.d_inner * (8 + 2 * config.d_state)
+    threads = torch.get_num_threads()
+    tile = min(threads * tile_bytes, 2 * element_size * c0 * voxels / 2**dimension)
+    tokens = min(threads * CHUNK, 2 * eighth)
+    chunk = 4 * tokens * config.d_inner * (8 + 2 * config.d_state)
     # two sources and their padded copies, the result and its copy
     return 6 * 4 * voxels + max(stages) + chunk + _MAPS_OF_A_TILE * tile
 
@@ -321,14 +414,19 @@ class _Conv:
         dimension = weight.dim() - 2
         self.weight = weight.to(dtype).contiguous(memory_format=_channels_last(dimension))
         self.bias = bias.to(dtype)
-        self.channels = weight.shape[0]
+        self.channels, self.dtype = weight.shape[0], dtype
         self.stride, self.dilation, self.activation = [stride] * dimension, [dilation] * dimension, activation
         self.convolve = {2: F.conv2d, 3: F.conv3d}[dimension]
+        self.direct = weight.device.type == "cpu" and _has_pointwise()
+        if self.direct and weight.shape[1] == 1:
+            # the layout of one channel is ambiguous, and only a packed weight makes the output channels last
+            pack = {2: torch._C._nn.mkldnn_reorder_conv2d_weight, 3: torch._C._nn.mkldnn_reorder_conv3d_weight}
+            self.weight = pack[dimension](self.weight.to_mkldnn(), [0] * dimension, self.stride, self.dilation)
 
     def __call__(self, x: torch.Tensor, padding: Sequence[int] | None = None) -> torch.Tensor:
         padding = list(padding or [0] * (x.dim() - 2))
-        x = x.to(self.weight.dtype).contiguous(memory_format=_channels_last(x.dim() - 2))
-        if x.device.type == "cpu" and _has_pointwise():
+        x = x.to(self.dtype).contiguous(memory_format=_channels_last(x.dim() - 2))
+        if self.direct:
             # conv2d and conv3d take a slow path for small inputs, and write the activation in a second pass
             unary = ("leaky_relu", [SLOPE]) if self.activation else ("none", [])
             y = torch.ops.mkldnn._convolution_pointwise(
@@ -383,18 +481,27 @@ def _crop(x: torch.Tensor, box: Box, wanted: Box) -> torch.Tensor:
     return x[(..., *(slice(w[0] - b[0], w[1] - b[0]) for b, w in zip(box, wanted)))]
 
 
+def _part(x: torch.Tensor, samples: slice, box: Box) -> torch.Tensor:
+    return _view(x[samples], box)
+
+
 def _view(x: torch.Tensor, box: Box) -> torch.Tensor:
     return x[(..., *(slice(low, high) for low, high in box))]
 
 
-def _encode_tile(source: Callable[[Box], torch.Tensor], block: _GatedBlock, down, here, out, box: Box) -> None:
-    """One tile of a level, from a gated block's input to the next level's input; ``here`` is the level's shape."""
+def _encode_tile(source, block: _GatedBlock, down, here, out, samples: slice, box: Box) -> None:
+    """One tile of a level, from a gated block's input to the next level's input.
+
+    Args:
+        source: the block's input for some samples and a box. down: the convolution behind it, or None.
+        here: shape of the level. out: what is written.
+    """
     step = 1 if down is None else 2
     halo = 1 + block.dilation
     wanted = tuple((step * low, step * high) for low, high in box)
     around = tuple((max(0, low - halo), min(n, high + halo)) for (low, high), n in zip(wanted, here))
-    deep = _crop(*block(source(around), around, here), wanted)
-    _view(out, box).copy_(deep if down is None else down(deep))
+    deep = _crop(*block(source(samples, around), around, here), wanted)
+    _part(out, samples, box).copy_(deep if down is None else down(deep))
 
 
 def _empty(shape, dtype, device) -> torch.Tensor:
@@ -411,6 +518,12 @@ def _boxes(shape: Sequence[int], voxels: float, even: bool) -> Iterator[Box]:
         edges[longest] = max(least, half + half % 2 if even else half)
     axes = [[(low, min(low + edge, n)) for low in range(0, n, edge)] for n, edge in zip(shape, edges)]
     return itertools.product(*axes)
+
+
+def _slices(length: int, parts: int) -> list[slice]:
+    """Cut a range into so many slices of nearly the same length."""
+    cuts = [length * k // parts for k in range(parts + 1)]
+    return [slice(*cut) for cut in zip(cuts, cuts[1:])]
 
 
 def _halves(box: Box, even: bool) -> list[Box]:
@@ -541,15 +654,27 @@ class _Cmca:
         self.query_bias = torch.stack([b for _, b in queries])  # (2, C)
         self.head_weight = head[0]  # (O, C, 3, 3)
 
-    def weights(self, padded: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    def weights(self, padded: torch.Tensor, shape: Sequence[int], threads: int = 1) -> torch.Tensor:
         """Channel weights (2, B, C) of both sources' features, in double precision."""
         batch = padded.shape[0] // 2
+        boxes = list(_boxes(shape, _POOL_VOXELS, even=True))
+        share = -(-len(boxes) * 2 * batch // threads)
+        calls = []
+        for number in range(2 * batch):
+            x, (kernel, _, _) = padded[number, 0], self.reference[number // batch]
+            calls.append(functools.partial(_shifted_sums, x, shape))
+            calls += [
+                functools.partial(_largest, x, boxes[start : start + share], kernel)
+                for start in range(0, len(boxes), share)
+            ]
+        results = run_all(calls, threads)
+        each = len(calls) // (2 * batch)
         pooled = []
-        for modality, (kernel, exact, bias) in enumerate(self.reference):
-            for sample in range(batch):
-                x = padded[modality * batch + sample, 0]
-                mean = exact @ _shifted_sums(x, shape).flatten() / math.prod(shape)
-                pooled.append(mean + bias + _largest(x, shape, kernel).double() + bias)
+        for number in range(2 * batch):
+            sums, *tops = results[number * each : (number + 1) * each]
+            _, exact, bias = self.reference[number // batch]
+            mean = exact @ sums.flatten() / math.prod(shape)
+            pooled.append(mean + bias + torch.stack(tops).amax(0).double() + bias)
         pooled = torch.stack(pooled).unflatten(0, (2, batch))
         return torch.sigmoid(pooled.flip(0))
 
@@ -565,13 +690,16 @@ def _windows(x: torch.Tensor) -> torch.Tensor:
     return x.permute(*range(dimension, 2 * dimension), *range(dimension)).reshape(3**dimension, -1)
 
 
-def _largest(x: torch.Tensor, shape: Sequence[int], kernel: torch.Tensor) -> torch.Tensor:
-    """Maximum over all voxels of a 3×3 convolution (C, 9) of a source with two zeros around, without its map."""
-    tops = []
-    for box in _boxes(shape, 16384, even=True):
-        windows = _windows(_view(x, tuple((low + 1, high + 3) for low, high in box)))
-        tops.append(_linear(kernel, windows.T).amax(1))
-    return torch.stack(tops).amax(0)
+def _largest(x: torch.Tensor, boxes: Sequence[Box], kernel: torch.Tensor) -> torch.Tensor:
+    """Maximum over some boxes of a 3×3 convolution (C, 9) of a source with two zeros around, without its map."""
+    top = kernel.new_full((len(kernel),), -math.inf)
+    for box in boxes:
+        part = _view(x, tuple((low + 1, high + 3) for low, high in box))
+        if part.device.type == "cpu" and not part.any():
+            torch.clamp_(top, min=0)
+            continue
+        torch.maximum(top, _linear(kernel, _windows(part).T).amax(1), out=top)
+    return top
 
 
 def _shifted_sums(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
@@ -600,11 +728,11 @@ class _Branch:
             self.convs.append(_Conv(weight, constant.repeat(2**self.dimension), torch.float32))
             self.borders.append(self._border(cmca, sample, scaled, bias))
 
-    def phases(self, box: Box) -> torch.Tensor:
+    def phases(self, samples: slice, box: Box) -> torch.Tensor:
         """The branch at half-resolution voxels, its phases as channels, (B, phases, ...)."""
         part = _view(self.padded, tuple((2 * low, 2 * high + 4) for low, high in box))
         out = []
-        for sample, conv in enumerate(self.convs):
+        for sample in range(samples.start, samples.stop):
             x = part[:, sample].unsqueeze(1)
             for axis in range(self.dimension):
                 x = x.unflatten(2 + 2 * axis, (-1, 2))
@@ -612,7 +740,7 @@ class _Branch:
             spatial = [2 + 2 * axis for axis in range(self.dimension)]
             x = x.permute(0, 1, *(axis + 1 for axis in spatial), *spatial)
             x = x.reshape(1, -1, *(x.shape[2 + self.dimension :]))
-            out.append(conv(x))
+            out.append(self.convs[sample](x))
         return torch.cat(out)
 
     def _border(self, cmca: _Cmca, sample: int, scaled: torch.Tensor, bias: torch.Tensor) -> list:
@@ -636,9 +764,9 @@ class _Branch:
                 faces.append((axis, n - 1 if high else 0, head(beyond, padding)[0]))
         return faces
 
-    def correct_border(self, logits: torch.Tensor, place: Box) -> None:
+    def correct_border(self, logits: torch.Tensor, samples: slice, place: Box) -> None:
         """Take from a tile of the output at ``place``, in place, what came from beyond the volume."""
-        for sample, faces in enumerate(self.borders):
+        for sample, faces in enumerate(self.borders[samples]):
             for axis, index, face in faces:
                 low, high = place[axis]
                 if low <= index < high:
@@ -711,55 +839,99 @@ class _MambaPair:
         ]
         self.out_proj = torch.stack([layer.out_proj.weight.detach() for layer in layers])
 
-    def __call__(self, x: torch.Tensor, shape: tuple[int, ...], scan: str, backend: str) -> torch.Tensor:
-        """(2, B, L, C) to the same."""
+    def __call__(self, x: torch.Tensor, shape: tuple[int, ...], scan: str, backend: str, threads: int = 1):
+        """(2, B, L, C) to the same, in place; with ``threads`` tasks at once."""
         sets, batch, length, width = x.shape
-        inner = self.out_proj.shape[2]
         normed = F.layer_norm(x, (width,), eps=self.eps)
-        total = x.new_zeros((sets, batch, length, inner))
-        step = length if x.device.type != "cpu" else max(64, CHUNK // batch)
-        chunks = [slice(start, min(start + step, length)) for start in range(0, length, step)]
-        directions = DIRECTIONS[scan]
-        for k, (direction, axis) in enumerate(zip(directions, scan_axes(scan))):
-            ordered = _ordered(normed, shape, direction)
-            y = torch.empty_like(total)
-            taps = self.conv[k][0].shape[1] - 1
-            tail, context_tail = x.new_zeros((2, sets, batch, taps, inner))
-            state = x.new_zeros((sets, batch, self.states, inner))
-            for chunk in chunks:
-                part = ordered[:, :, chunk]
-                u = _project(part, *self.projections[axis])
-                u = causal_conv_silu(u, *self.conv[k], tail, backend)
-                chooser = u
-                if self.fusion:
-                    chooser = _project(part.unbind()[::-1], *self.context[axis])
-                    chooser = causal_conv_silu(chooser, *self.context_conv[k], context_tail, backend)
-                chosen = _project(chooser, self.x_proj[k])
-                self._scan(k, u, chosen, state, y[:, :, chunk], backend)
-            _add_back(total, y, shape, direction)
-        for chunk in chunks:
-            gates = _project(normed[:, :, chunk], *self.projections[-1])
-            for m, (gate, affine) in enumerate(zip(gates, self.out_norm)):
-                # the mean over directions is left out: layer norm takes scale away but for its epsilon
-                eps = self.out_eps * len(directions) ** 2
-                F.silu(gate, inplace=True).mul_(F.layer_norm(total[m, :, chunk], (inner,), *affine, eps))
-            for m, y in enumerate(_project(gates, self.out_proj)):
-                x[m, :, chunk] += y
+        # a kernel of a GPU takes everything at once; cores take modalities, then samples, then directions
+        modalities = [slice(0, 2)] if x.device.type != "cpu" else [slice(0, 1), slice(1, 2)]
+        wanted = -(-threads // len(modalities))
+        samples = _slices(batch, min(batch, wanted))
+        directions = list(enumerate(zip(DIRECTIONS[scan], scan_axes(scan))))
+        groups = min(len(directions), -(-wanted // len(samples)))
+        totals = [x.new_zeros((sets, batch, length, self.out_proj.shape[2])) for _ in range(groups)]
+        run_all(
+            [
+                functools.partial(
+                    self._scan_some, normed, m, part, directions[g::groups], shape, total[m, part], backend
+                )
+                for m in modalities
+                for part in samples
+                for g, total in enumerate(totals)
+            ],
+            threads,
+        )
+        for other in totals[1:]:
+            totals[0] += other
+        chunks = _slices(length, -(-length // self._step(x, batch)))
+        share = -(-len(chunks) // wanted)
+        run_all(
+            [
+                functools.partial(self._gate, x, normed, totals[0], m, chunks[start : start + share], len(directions))
+                for m in range(sets)
+                for start in range(0, len(chunks), share)
+            ],
+            threads,
+        )
         return x
 
-    def _scan(self, k: int, u, chosen, state, y, backend: str) -> None:
-        """Scan one chunk in direction ``k`` into ``y``, (2, B, L, E)."""
+    @staticmethod
+    def _step(x: torch.Tensor, batch: int) -> int:
+        """Tokens of one chunk."""
+        return x.shape[2] if x.device.type != "cpu" else max(64, CHUNK // batch)
+
+    def _scan_some(self, normed, modalities: slice, samples: slice, directions, shape, total, backend: str) -> None:
+        """Add to ``total`` (M, B, L, E) the scans of some modalities and samples in some directions."""
+        mine, length = normed[modalities, samples], normed.shape[2]
+        inner, step = total.shape[3], self._step(normed, samples.stop - samples.start)
+        chunks = _slices(length, -(-length // step))
+        for k, (direction, axis) in directions:
+            ordered = _ordered(mine, shape, direction)
+            other = _ordered(normed[:, samples].flip(0)[modalities], shape, direction) if self.fusion else None
+            y = torch.empty_like(total)
+            state = y.new_zeros((*y.shape[:2], self.states, inner))
+            tail = y.new_zeros((*y.shape[:2], self.conv[k][0].shape[1] - 1, inner))
+            context_tail = torch.zeros_like(tail)
+            weights = [w[modalities] for w in self.projections[axis]]
+            conv = [w[modalities] for w in self.conv[k]]
+            if self.fusion:
+                context = [w[modalities] for w in self.context[axis]]
+                context_conv = [w[modalities] for w in self.context_conv[k]]
+            for chunk in chunks:
+                u = causal_conv_silu(_project(ordered[:, :, chunk], *weights), *conv, tail, backend)
+                chooser = u
+                if self.fusion:
+                    chooser = _project(other[:, :, chunk], *context)
+                    chooser = causal_conv_silu(chooser, *context_conv, context_tail, backend)
+                chosen = _project(chooser, self.x_proj[k][modalities])
+                self._scan(k, modalities, u, chosen, state, y[:, :, chunk], backend)
+            _add_back(total, y, shape, direction)
+
+    def _gate(self, x, normed, total, m, chunks, directions: int) -> None:
+        """Norm, gate and projection of some tokens of a modality, added to ``x``."""
+        weight, bias = (w[m] for w in self.projections[-1])
+        # the mean over directions is left out: layer norm takes scale away but for its epsilon
+        eps = self.out_eps * directions**2
+        for chunk in chunks:
+            gate = _linear(normed[m, :, chunk].flatten(0, 1), weight, bias).unflatten(0, (x.shape[1], -1))
+            y = F.layer_norm(total[m, :, chunk], total.shape[3:], *self.out_norm[m], eps)
+            y.mul_(F.silu(gate, inplace=True))
+            x[m, :, chunk] += _linear(y.flatten(0, 1), self.out_proj[m]).unflatten(0, (x.shape[1], -1))
+
+    def _scan(self, k: int, modalities: slice, u, chosen, state, y, backend: str) -> None:
+        """Scan one chunk in direction ``k`` into ``y``, (M, B, L, E)."""
         low_rank, B, C = zip(*(x.split([self.rank, self.states, self.states], -1) for x in chosen))
+        A, D = self.A[k][modalities], self.D[k][modalities]
+        dt = (self.dt_proj[k][modalities], self.dt_bias[k][modalities])
         if backend != "mamba-ssm":
-            dt = (self.dt_proj[k], self.dt_bias[k])
-            scan_tokens(u, low_rank, self.A[k], B, C, self.D[k], state, dt=dt, out=y, backend=backend)
+            scan_tokens(u, low_rank, A, B, C, D, state, dt=dt, out=y, backend=backend)
             return
         # whole sequences: its kernel starts from zero
-        A, D = self.A[k].mT.flatten(0, 1), self.D[k].flatten()
-        delta = _project(low_rank, self.dt_proj[k].mT, self.dt_bias[k])
+        A, D = A.mT.flatten(0, 1), D.flatten()
+        delta = _project(low_rank, dt[0].mT, dt[1])
 
         def channels(x):
-            return torch.stack(x, 1).transpose(2, 3)  # (B, 2, E, L)
+            return torch.stack(x, 1).transpose(2, 3)  # (B, M, E, L)
 
         scanned = selective_scan(
             channels(u).flatten(1, 2),
@@ -770,7 +942,7 @@ class _MambaPair:
             D,
             backend=backend,
         )
-        y.copy_(scanned.unflatten(1, (2, -1)).permute(1, 0, 3, 2))
+        y.copy_(scanned.unflatten(1, (len(u), -1)).permute(1, 0, 3, 2))
 
 
 def _after_norm(layers, norm: str, linear: str, parts: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -540,12 +540,28 @@ def test_provenance_is_complete_json(engine, weights):
     assert all(step["seconds"] >= 0 for step in p["steps"])
 
 
+def test_bfloat16_is_near_and_said(engine, weights):
+    exact, fast = (
+        fuse(engine, blob(seed=1), blob(), model=weights["mr"], precision=name) for name in ("float32", "bfloat16")
+    )
+    assert fast.provenance["precision"] == "bfloat16" and exact.provenance["precision"] == "float32"
+    assert 0 < np.abs(fast.fused - exact.fused).max() < 1e-2
+
+
+def test_no_bfloat16_is_a_warning(engine, weights, monkeypatch):
+    monkeypatch.setattr(engine_module, "has_bfloat16", lambda device: False)
+    result = fuse(engine, blob(seed=1), blob(), model=weights["mr"], precision="bfloat16")
+    assert result.provenance["precision"] == "float32"
+    assert "no bfloat16 arithmetic" in result.warnings[0]
+
+
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
         ("device", "tpu", "auto, cpu, cuda, mps"),
         ("plane", "diagonal", "axial, coronal, sagittal"),
         ("modality_a", "US", "CT, MR"),
+        ("precision", "float8", "float32, bfloat16"),
         ("max_memory_gib", 0, "positive"),
         ("max_memory_gib", float("nan"), "positive"),
     ],

@@ -9,8 +9,12 @@ from torch import nn
 from ClinicalFMambaLib.config import ModelConfig
 from ClinicalFMambaLib.errors import Cancelled, InputError
 from ClinicalFMambaLib.inference import plan as plan_module
+from ClinicalFMambaLib.inference.device import has_bfloat16
+from ClinicalFMambaLib.inference.intensity import apply_window, choose_window
 from ClinicalFMambaLib.inference.plan import build_plan, memory_needed
 from ClinicalFMambaLib.models.clinicalfmamba import ClinicalFMamba
+from ClinicalFMambaLib.pretrained import find_weights, load_model
+from ClinicalFMambaLib.volumes import read_volume
 
 
 def network(dimension: int, seed: int = 0, **options) -> ClinicalFMamba:
@@ -81,6 +85,56 @@ def test_plan_is_the_module(dimension, size, batch, options, tile_bytes):
     torch.testing.assert_close(fused, expected, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("dimension", "size", "batch", "options", "lit"),
+    [
+        (2, (96, 120), 3, {}, ((30, 61), (0, 50))),
+        (2, (96, 120), 1, {"dilations": (3, 1, 1)}, ((47, 48), (119, 120))),
+        (3, (64, 72, 40), 1, {}, ((20, 45), (30, 40), (11, 40))),
+        (3, (64, 72, 40), 1, {}, ((0, 0), (0, 0), (0, 0))),
+        (3, (32, 16, 40), 1, {}, ((9, 10), (0, 16), (30, 31))),
+        (3, (8, 64, 40), 2, {"dilations": (3, 1, 1)}, ((0, 8), (30, 31), (30, 31))),
+    ],
+    ids=str,
+)
+def test_black_around_the_head_is_not_computed(dimension, size, batch, options, lit, threads):
+    model = network(dimension, **options)
+    a, b = torch.zeros(2, batch, 1, *size)
+    values = pair(*(high - low for low, high in lit), batch=batch) if lit[0][1] else torch.zeros(2, batch, 1, 0, 0, 0)
+    for x, value in zip((a, b), values):
+        x[(..., *(slice(low, high) for low, high in lit))] = value
+    b = b.roll(1, -1) * (0.5 if lit[0][1] > lit[0][0] + 1 else 0)  # the second one lies elsewhere, or is all black
+    with torch.no_grad():
+        expected = model(a, b)
+    plan, before = build_plan(model), torch.get_num_threads()
+    plan.tile_bytes = 20_000
+    try:
+        torch.set_num_threads(threads)
+        fused = plan(a, b)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(fused, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dimension", [2, 3])
+def test_threads_change_rounding_only(dimension):
+    plan, before = build_plan(network(dimension)), torch.get_num_threads()
+    a, b = pair(*{2: (64, 72), 3: (24, 32, 40)}[dimension], batch=2)
+    plan.tile_bytes = 20_000
+    results = []
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            results.append(plan(a, b))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], atol=1e-6, rtol=0)
+    assert torch.equal(plan(a, b), plan(a, b))
+
+
 @pytest.mark.parametrize("dimension", [2, 3])
 def test_default_widths(dimension):
     model = network(dimension, channels=(32, 64, 128), mamba_layers=5, d_state=8)
@@ -113,6 +167,36 @@ def test_both_forms_of_the_scan(backend, monkeypatch):
     plan.scan_backend = backend
     with torch.no_grad():
         torch.testing.assert_close(plan(a, b), model(a, b), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "first", "second", "box"),
+    [
+        ("mri-mri-3d", "brats/*/t2.nii.gz", "brats/*/flair.nii.gz", ((40, 104), (80, 176), (70, 166))),
+        (
+            "mri-mri-3d",
+            "volumes/kirby21/*T1*.nii.gz",
+            "volumes/kirby21/*FLAIR*.nii.gz",
+            ((0, 80), (100, 180), (90, 170)),
+        ),
+        ("mri-ct-2d", "aanlib/CT-MRI/MRI/*.png", "aanlib/CT-MRI/CT/*.png", ((0, 1), (0, 256), (0, 256))),
+    ],
+)
+def test_real_volumes(shared_data, model, first, second, box):
+    """The bundled weights on patients: the whole volumes take the module minutes, so a part of each."""
+    paths = [sorted(shared_data.glob(pattern))[0] for pattern in (first, second)]
+    volumes = [read_volume(path) for path in paths]
+    arrays = [apply_window(v.array, choose_window(v)) for v in volumes]
+    a, b = (torch.from_numpy(x[tuple(slice(*edge) for edge in box)].copy())[None, None] for x in arrays)
+    if model.endswith("2d"):
+        a, b = a[:, :, 0], b[:, :, 0]
+    module = load_model(find_weights(model)[1])[0]
+    with torch.no_grad():
+        expected = module(a, b)
+    assert expected.std() > 0.05
+    assert (build_plan(module)(a, b) - expected).abs().max() < 1e-3
+    if has_bfloat16(a.device):
+        assert (build_plan(module, "bfloat16")(a, b) - expected).abs().max() < 1e-2
 
 
 # ------------------------------------------------------------------------------------------------- layers
