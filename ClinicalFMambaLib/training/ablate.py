@@ -46,8 +46,9 @@ def ablate(preset: dict, name: str, data: Path, out: Path, seeds: int = 3) -> li
     """Train and measure each variant with each seed; go on where an earlier call has stopped.
 
     A seed decides the split (where the preset gives a share of the patients), the initialisation and the crops, and is
-    the same for all variants, so that they can be compared pair by pair. Writes ``ablation.csv``, ``ablation.md`` and
-    ``ablation.png`` into ``out``, and one folder for each run.
+    the same for all variants, so that they can be compared pair by pair. Writes ``ablation.csv``, ``ablation.md``,
+    ``ablation.png`` (values) and ``ablation-differences.png`` (from the full network) into ``out``, and one folder for
+    each run.
 
     Args:
         preset: of :func:`.train.load_preset`; ``training.seed`` is the first seed.
@@ -116,6 +117,13 @@ def _write(rows: Sequence[Row], preset: dict, out: Path) -> None:
     write_csv(rows, out / "ablation.csv")
     write_text(out / "ablation.md", ablation_table(rows, preset))
     save_chart(out / "ablation.png", rows, t_interval, FULL)
+    full = {row.patient: row.values for row in rows if row.method == FULL}
+    differences = [
+        Row(row.method, row.patient, row.case, {m: v - full[row.patient][m] for m, v in row.values.items()})
+        for row in rows
+        if row.method != FULL
+    ]
+    save_chart(out / "ablation-differences.png", differences, t_interval, FULL, "the full network, seed by seed")
 
 
 def ablation_table(rows: Sequence[Row], preset: dict) -> str:

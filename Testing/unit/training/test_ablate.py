@@ -61,7 +61,8 @@ def test_files(done):
     with open(out / "ablation.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 6 and float(lines[0]["SSIM"]) == pytest.approx(rows[0].values["SSIM"], rel=1e-4)
-    assert (out / "ablation.png").read_bytes()[:4] == b"\x89PNG"
+    for name in ("ablation.png", "ablation-differences.png"):
+        assert (out / name).read_bytes()[:4] == b"\x89PNG"
     assert NOTICE in (out / "ablation.md").read_text()
 
 
