@@ -143,10 +143,12 @@ def ablation_table(rows: Sequence[Row], preset: dict) -> str:
             cells = [_cell(np.array([means[m][s] - values[FULL][m][s] for s in seeds]), "{:+.4f}") for m in metrics]
             paired.append(f"| {variant} | " + " | ".join(cells) + " |")
     words = "x".join(map(str, size))
+    over = f"one seed ({seeds[0]}), so no interval"
+    if len(seeds) > 1:
+        over = f"of these the mean over {len(seeds)} seeds ({', '.join(seeds)}) with its 95 % interval (Student's t)"
     return "\n".join(
         [
-            f"Mean over {len(seeds)} seeds ({', '.join(seeds)}) of the mean over the validation patients, with the 95 %"
-            f" interval over seeds (Student's t). Operations for a pair of {words}.",
+            f"Mean over the validation patients; {over}. Operations for a pair of {words}.",
             "",
             *whole,
             "",
@@ -164,5 +166,7 @@ def ablation_table(rows: Sequence[Row], preset: dict) -> str:
 
 def _cell(values: np.ndarray, form: str) -> str:
     low, high = t_interval(values)
+    if math.isnan(values.mean()):
+        return "–"  # not defined on these images
     text = form.format(values.mean())
     return text if math.isnan(low) else f"{text} ({form.format(low)} to {form.format(high)})"
