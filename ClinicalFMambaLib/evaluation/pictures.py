@@ -149,12 +149,14 @@ def save_chart(
     rows: Sequence[Row],
     interval: Callable[[np.ndarray], tuple[float, float]] = interval,
     highlighted: str = MODEL,
+    differences_from: str = "",
 ) -> Path:
     """A panel for each metric: a dot for each patient (or seed), their mean and its 95 % interval.
 
     Args:
         interval: lowest and highest value of the interval, from the values of the dots.
         highlighted: the method that is drawn in red.
+        differences_from: what the values are differences from, if they are.
     """
     matplotlib = require("matplotlib", "the chart of the metrics", "matplotlib")
     matplotlib.use("Agg")
@@ -170,9 +172,12 @@ def save_chart(
             means = np.array(list(patient_means(rows, method, metric).values()))
             low, high = interval(means)
             colour = "#c0392b" if method == highlighted else "#8a8a8a" if method in SOURCES else "#2c5f8a"
-            axes.plot(means, np.full(len(means), y), ".", color=colour, alpha=0.35, markersize=5)
             axes.plot([low, high], [y, y], color=colour, linewidth=2)
-            axes.plot(means.mean(), y, "o", color=colour, markersize=6)
+            axes.plot(means.mean(), y, "o", color=colour, markersize=8)
+            dots = {"markersize": 5, "markerfacecolor": "white", "markeredgecolor": colour, "markeredgewidth": 0.8}
+            axes.plot(means, np.full(len(means), y), "o", **dots)
+        if differences_from:
+            axes.axvline(0, color="#555555", linewidth=0.8)
         _limit(axes, {m: list(patient_means(rows, m, metric).values()) for m in methods})
         labels = [method_title(method) if k % columns == 0 else "" for method in methods]
         axes.set_yticks(range(len(methods)), labels, fontsize=8)
@@ -182,6 +187,8 @@ def save_chart(
         axes.tick_params(axis="x", labelsize=8)
         axes.locator_params(axis="x", nbins=6)
         axes.grid(axis="x", alpha=0.3)
+    if differences_from:
+        figure.suptitle(f"Difference from {differences_from}", fontsize=10)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     with replacing(path) as temporary:

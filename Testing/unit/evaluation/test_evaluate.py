@@ -219,6 +219,12 @@ def test_markdown_marks_the_best_fusion_in_its_direction():
     assert text[2].count("**") == 4 and "**" not in text[3] and "**" not in text[4]
 
 
+def test_what_is_not_defined_is_a_dash():
+    rows = [replace(row, values={**row.values, "VIF": math.nan}) for row in ROWS]
+    text = markdown_table(summarise(rows), ["SSIM", "VIF"])
+    assert text.count("| – |") == 3 and "nan" not in text
+
+
 def test_tables_on_disk(tmp_path):
     write_tables(ROWS, tmp_path)
     with open(tmp_path / "metrics.csv", newline="") as file:

@@ -318,6 +318,14 @@ def test_dry_run_lists_what_was_found(data):
         assert words in text
 
 
+@pytest.mark.parametrize(
+    ("names", "told"), [(("a", "b"), True), (("1001", "2001"), False), (("p1_01", "p2_01"), False)]
+)
+def test_files_that_name_no_patient_are_pointed_out(write_pairs, tmp_path, names, told):
+    text, problems = dry_run(load_preset("mri-ct-2d"), write_pairs(tmp_path, names))
+    assert ("counts as a patient of its own" in text) == told and not problems
+
+
 def test_dry_run_lists_all_that_is_wrong(tmp_path):
     image = np.random.default_rng(0).integers(0, 255, (48, 48), dtype=np.uint8)
     for folder in ("MRI", "CT"):
