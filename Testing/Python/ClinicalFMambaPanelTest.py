@@ -24,6 +24,7 @@ from clinicalfmamba_selftest import (
     reloading,
     run,
     sampled,
+    showPanel,
     slowness,
     smooth,
     snapshot,
@@ -41,8 +42,7 @@ class PanelTestCase(unittest.TestCase):
     def setUp(self):
         self.logged = LoggedExceptions(self)
         slicer.mrmlScene.Clear()
-        slicer.util.selectModule("ClinicalFMamba")
-        self.panel = slicer.util.getModuleWidget("ClinicalFMamba")
+        self.panel = showPanel()
         self.ui = self.panel.ui
         self.take()
         self.p = self.panel._parameterNode
