@@ -31,7 +31,7 @@ from clinicalfmamba_selftest import (
     spin,
     worldOf,
 )
-from ClinicalFMambaPanel import result_nodes
+from ClinicalFMambaPanel import display, result_nodes
 from ClinicalFMambaPanel.display import COMPARE_VIEWS
 from ClinicalFMambaPanel.logic import ClinicalFMambaLogic
 from ClinicalFMambaPanel.parameters import Device, Modality, Plane, Window
@@ -42,6 +42,7 @@ class PanelTestCase(unittest.TestCase):
     def setUp(self):
         self.logged = LoggedExceptions(self)
         slicer.mrmlScene.Clear()
+        display.leaveComparison()
         self.panel = showPanel()
         self.ui = self.panel.ui
         self.take()
