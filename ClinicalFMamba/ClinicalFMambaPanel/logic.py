@@ -266,6 +266,7 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
             if node.GetClassName() in ("vtkMRMLScalarVolumeNode", "vtkMRMLVectorVolumeNode")
             and not volume_nodes.problemOf(node, "")
             and not result_nodes.isResult(node)
+            and not result_nodes.isCompanion(node)
         ]
         anatomical = [node for node in nodes if modality(node) == "MR" and not volume_nodes.isColour(node)]
         a = next(iter(anatomical + nodes), None)

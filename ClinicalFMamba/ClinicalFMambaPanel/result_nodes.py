@@ -187,11 +187,16 @@ def _companion(output, role, className, name):
     return node
 
 
-def companionsOf(node):
-    """The nodes that have no meaning without this one; none where it is no result."""
+def relativesOf(node):
+    """The nodes that this one refers to: of a result its sources and companions, of a companion the result."""
     roles = [node.GetNthNodeReferenceRole(index) for index in range(node.GetNumberOfNodeReferenceRoles())]
     nodes = [node.GetNodeReference(role) for role in roles if role.startswith("clinicalFMamba")]
-    return [n for n in nodes if n is not None and n.GetNodeReferenceID(RESULT) == node.GetID()]
+    return [relative for relative in nodes if relative is not None]
+
+
+def companionsOf(node):
+    """The nodes that have no meaning without this one; none where it is no result."""
+    return [relative for relative in relativesOf(node) if relative.GetNodeReferenceID(RESULT) == node.GetID()]
 
 
 def _removeCompanion(output, role):
@@ -279,6 +284,11 @@ def _grey(node):
 def isResult(node):
     """Whether a fusion has made this volume; also of a copy."""
     return node.GetAttribute("ClinicalFMamba.notice") is not None
+
+
+def isCompanion(node):
+    """Whether this node belongs to a result, such as the difference to A."""
+    return node.GetNodeReferenceID(RESULT) is not None
 
 
 def resultsOf(output):

@@ -20,6 +20,7 @@ from clinicalfmamba_selftest import (
     now,
     pauseOfShowing,
     run,
+    showPanel,
     slowness,
     snapshot,
     spin,
@@ -47,6 +48,7 @@ for name, dimension, modalities in (("2d", 2, "MR,CT"), ("3d", 3, "MR,MR")):
 class FusionTest(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
+        cls.panel = showPanel()
         cls.folder = tempfile.TemporaryDirectory()
         from ClinicalFMambaPanel.library import libraryFolder
 
@@ -55,8 +57,6 @@ class FusionTest(unittest.TestCase):
         script.write_text(TINY, encoding="utf-8")
         command = [pythonExecutable(), str(script), cls.folder.name]
         subprocess.run(command, env=environment, check=True, cwd=cls.folder.name, timeout=300)
-        slicer.util.selectModule("ClinicalFMamba")
-        cls.panel = slicer.util.getModuleWidget("ClinicalFMamba")
         cls.panel.setLogic(ClinicalFMambaLogic())
 
     @classmethod

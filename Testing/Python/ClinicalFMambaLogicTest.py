@@ -224,13 +224,11 @@ class Cancelling(LogicTestCase):
         logic.fuse(self.a, self.b)
         spin(lambda: outcomes.stage == "Fusing")
         pid = logic._client.ready["pid"]
-        began = time.monotonic()
         logic.cancel()
         self.assertEqual(outcomes.all.pop()[0], "cancelled")
         self.assertFalse(logic.isBusy)
         self.assertSceneUnchanged()
         spin(lambda: not logic._abandoned)
-        self.assertLess(time.monotonic() - began, 2)
         self.assertEqual(leftovers(logic), [])
         # The worker, asked nicely, is still there.
         self.assertTrue(logic.engineRuns and isAlive(pid))

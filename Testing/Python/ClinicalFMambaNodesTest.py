@@ -416,6 +416,34 @@ class Views(NodeTestCase):
         display.leaveComparison()
         self.assertEqual(slicer.app.layoutManager().layout, before)
 
+    def test_zoom_stays_on_what_is_looked_at(self):
+        manager = slicer.app.layoutManager()
+        if manager is None:
+            self.skipTest("no slice views without a main window")
+        a, b, fused, other = (addVolume(name) for name in ("A", "B", "fused", "other"))
+        fused.SetNodeReferenceID(result_nodes.VOLUME_A, a.GetID())
+        difference = addVolume("difference")
+        difference.SetNodeReferenceID(result_nodes.RESULT, fused.GetID())
+        red = manager.sliceWidget("Red").mrmlSliceNode()
+
+        def zoomed(show, *arguments):
+            red.SetFieldOfView(7, 5, 1)
+            show(*arguments)
+            return red.GetFieldOfView()[:2] == (7, 5)
+
+        display.showAlone(a)
+        self.assertTrue(zoomed(display.showAlone, fused))
+        self.assertTrue(zoomed(display.showAlone, fused))
+        self.assertTrue(zoomed(display.showOver, a, difference, 0.6))
+        self.assertFalse(zoomed(display.showAlone, other))
+        self.assertFalse(zoomed(display.showAlone, fused))
+        display.compare(a, fused, b)
+        view = manager.sliceWidget(display.COMPARE_VIEWS[1]).mrmlSliceNode()
+        view.SetFieldOfView(7, 5, 1)
+        display.compare(a, fused, b)
+        self.assertEqual(view.GetFieldOfView()[:2], (7, 5))
+        display.leaveComparison()
+
     def test_scene_that_was_saved_while_comparing(self):
         manager = slicer.app.layoutManager()
         if manager is None:

@@ -24,13 +24,14 @@ from clinicalfmamba_selftest import (
     reloading,
     run,
     sampled,
+    showPanel,
     slowness,
     smooth,
     snapshot,
     spin,
     worldOf,
 )
-from ClinicalFMambaPanel import result_nodes
+from ClinicalFMambaPanel import display, result_nodes
 from ClinicalFMambaPanel.display import COMPARE_VIEWS
 from ClinicalFMambaPanel.logic import ClinicalFMambaLogic
 from ClinicalFMambaPanel.parameters import Device, Modality, Plane, Window
@@ -41,8 +42,8 @@ class PanelTestCase(unittest.TestCase):
     def setUp(self):
         self.logged = LoggedExceptions(self)
         slicer.mrmlScene.Clear()
-        slicer.util.selectModule("ClinicalFMamba")
-        self.panel = slicer.util.getModuleWidget("ClinicalFMamba")
+        display.leaveComparison()
+        self.panel = showPanel()
         self.ui = self.panel.ui
         self.take()
         self.p = self.panel._parameterNode
