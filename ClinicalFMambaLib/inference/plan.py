@@ -173,8 +173,10 @@ class FusionPlan:
         shape = tuple(n + -n % STRIDE for n in a.shape[2:])
         padded = torch.zeros((2 * len(a), 1, *(n + 4 for n in shape)), device=self.device)
         inside = padded[(..., *(slice(2, 2 + n) for n in shape))]
-        inside[: len(a)] = pad_to_stride(a.to(self.device).float())
-        inside[len(a) :] = pad_to_stride(b.to(self.device).float())
+        for part, source in ((slice(0, len(a)), a), (slice(len(a), None), b)):
+            if self.device.type == "cuda" and source.device.type == "cpu":
+                source = source.pin_memory()  # the second one is copied there while the first one travels
+            inside[part] = pad_to_stride(source.to(self.device, non_blocking=True).float())
         return padded, shape
 
     def _tiles(self, samples: int, shape: Sequence[int], bytes_each: float, even: bool, region=None) -> deque[Tile]:

@@ -177,7 +177,7 @@ def test_both_forms_of_the_scan(backend, monkeypatch):
             "mri-mri-3d",
             "volumes/kirby21/*T1*.nii.gz",
             "volumes/kirby21/*FLAIR*.nii.gz",
-            ((0, 80), (100, 180), (90, 170)),
+            ((88, 160), (88, 160), (45, 117)),
         ),
         ("mri-ct-2d", "aanlib/CT-MRI/MRI/*.png", "aanlib/CT-MRI/CT/*.png", ((0, 1), (0, 256), (0, 256))),
     ],
