@@ -134,7 +134,8 @@ def table(rows: list[BenchRow]) -> str:
         lines.append(
             f"{row.case:12}{row.fast_s:9.3f}{_cell(row.plain_s, '9.2f')}{_cell(row.ratio, '7.1f')}"
             f"{_cell(row.cpu_ratio, '7.1f')}{row.voxels_per_s / 1e6:8.2f}{row.peak_mib:7.0f}"
-            f"{_cell(row.plain_peak_mib, '10.0f')}{_cell(row.max_abs_diff, '9.1e')}  {shares}{'; ' if shares and row.note else ''}{row.note}"
+            f"{_cell(row.plain_peak_mib, '10.0f')}{_cell(row.max_abs_diff, '9.1e')}"
+            f"  {shares}{'; ' if shares and row.note else ''}{row.note}"
         )
     first = rows[0]
     for row in rows:
@@ -150,8 +151,8 @@ def table(rows: list[BenchRow]) -> str:
             lines.append(f"{row.case}: time a voxel {wall:.2f} of that of 3d-128 ({cpu:.2f} in processor seconds)")
     lines.append(
         f"{first.threads} threads on {first.device}, {first.precision}, scan {first.scan_backend}, "
-        f"{', '.join(sorted({row.weights for row in rows}))}; cpu: the ratio in processor seconds; MiB beyond a process "
-        "with the weights loaded"
+        f"{', '.join(sorted({row.weights for row in rows}))}; cpu: the ratio in processor seconds; MiB beyond a "
+        "process with the weights loaded"
     )
     return "\n".join(lines)
 
