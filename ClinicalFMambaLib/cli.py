@@ -413,7 +413,7 @@ def bench(
     case: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help="2d-256, 2d-512, 2d-slices, 3d-128, 3d-brats, 3d-clinical, scan; repeatable."
+            metavar="NAME", help="2d-256, 2d-512, 2d-slices, 3d-128, 3d-brats, 3d-clinical, scan, all; repeatable."
         ),
     ] = None,
     precision: Annotated[str, typer.Option(metavar="float32|bfloat16", help="Of the fast path.")] = "float32",

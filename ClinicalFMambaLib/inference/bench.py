@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -50,12 +50,16 @@ class BenchRow:
         case: its name.
         fast_s, plain_s: median seconds of the plan and of the plain path; None where that was not run.
         ratio: plain_s / fast_s.
+        fast_cpu_s, plain_cpu_s, cpu_ratio: the same in processor seconds of all threads, which other programs on the
+            machine disturb less.
         peak_mib, plain_peak_mib: growth of the process's resident memory, in MiB, from after the import and the
             loading of the weights to the highest point; the inputs and the result are part of it.
         max_abs_diff: largest difference of the outputs, in [0, 1]; for a scan relative to the largest output.
         voxels: of one source; for a scan, tokens. voxels_per_s: of the plan.
         shares: each stage's share of the plan's time.
         weights: whose weights, ``device``, ``precision``, ``scan_backend``, ``threads``: what was measured.
+        floors: on a GPU the least seconds by memory (both sources and the result once, over the measured
+            bandwidth) and by arithmetic (the plan's operations over the measured peak of a matrix product); else empty.
         note: why a number is missing, or ``""``.
     """
 
@@ -74,6 +78,10 @@ class BenchRow:
     precision: str
     scan_backend: str
     threads: int
+    fast_cpu_s: float
+    plain_cpu_s: float | None
+    cpu_ratio: float | None
+    floors: dict[str, float] = field(default_factory=dict)
     note: str = ""
 
 
@@ -89,16 +97,18 @@ def run_bench(
     """Measure.
 
     Args:
-        cases: names of :data:`CASES`, or ``"scan"``.
+        cases: names of :data:`CASES`, ``"scan"``, or ``"all"``.
         rounds: how often the two paths take turns.
         report: called with each row as it is ready.
 
     Raises:
         InputError: an unknown case.
     """
+    if "all" in cases:
+        cases = (*CASES, "scan")
     for case in cases:
         if case != "scan" and case not in CASES:
-            raise InputError(f"bench case {case!r} is unknown; use {', '.join(CASES)} or scan")
+            raise InputError(f"bench case {case!r} is unknown; use {', '.join(CASES)}, scan or all")
     rows = []
     for case in cases:
         names = [f"scan-{n // 1024}k" for n in SCAN_LENGTHS] if case == "scan" else [case]
@@ -116,22 +126,39 @@ def to_json(rows: list[BenchRow], path: Path) -> None:
 def table(rows: list[BenchRow]) -> str:
     """The rows for people."""
     lines = [
-        f"{'case':12}{'fast s':>9}{'plain s':>9}{'ratio':>7}{'Mvox/s':>8}{'MiB':>7}{'plain MiB':>10}{'max diff':>9}"
-        "  share of time"
+        f"{'case':12}{'fast s':>9}{'plain s':>9}{'ratio':>7}{'cpu':>7}{'Mvox/s':>8}{'MiB':>7}{'plain MiB':>10}"
+        f"{'max diff':>9}  share of time"
     ]
     for row in rows:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in row.shares.items())
         lines.append(
             f"{row.case:12}{row.fast_s:9.3f}{_cell(row.plain_s, '9.2f')}{_cell(row.ratio, '7.1f')}"
-            f"{row.voxels_per_s / 1e6:8.2f}{row.peak_mib:7.0f}{_cell(row.plain_peak_mib, '10.0f')}"
-            f"{_cell(row.max_abs_diff, '9.1e')}  {shares}{'; ' if shares and row.note else ''}{row.note}"
+            f"{_cell(row.cpu_ratio, '7.1f')}{row.voxels_per_s / 1e6:8.2f}{row.peak_mib:7.0f}"
+            f"{_cell(row.plain_peak_mib, '10.0f')}{_cell(row.max_abs_diff, '9.1e')}"
+            f"  {shares}{'; ' if shares and row.note else ''}{row.note}"
         )
     first = rows[0]
+    for row in rows:
+        if row.floors:
+            words = ", ".join(
+                f"{name} {1000 * s:.1f} ms ({s / row.fast_s:.0%} of it)" for name, s in row.floors.items()
+            )
+            lines.append(f"{row.case}: {1000 * row.fast_s:.1f} ms; floors: {words}")
+    cube = next((row for row in rows if row.case == "3d-128"), None)
+    for row in rows if cube else ():
+        if row.case.startswith("3d-") and row is not cube:
+            wall, cpu = ((t / row.voxels) / (c / cube.voxels) for t, c in _times(row, cube))
+            lines.append(f"{row.case}: time a voxel {wall:.2f} of that of 3d-128 ({cpu:.2f} in processor seconds)")
     lines.append(
         f"{first.threads} threads on {first.device}, {first.precision}, scan {first.scan_backend}, "
-        f"{', '.join(sorted({row.weights for row in rows}))}; MiB beyond a process with the weights loaded"
+        f"{', '.join(sorted({row.weights for row in rows}))}; cpu: the ratio in processor seconds; MiB beyond a "
+        "process with the weights loaded"
     )
     return "\n".join(lines)
+
+
+def _times(row: BenchRow, other: BenchRow):
+    return (row.fast_s, other.fast_s), (row.fast_cpu_s, other.fast_cpu_s)
 
 
 def _cell(value: float | None, form: str) -> str:
@@ -154,9 +181,13 @@ def _measure(case: str, precision: str, device: str, max_memory_gib: float | Non
             difference = float(np.abs(fast - slow).max())
             if case.startswith("scan"):
                 difference /= float(np.abs(slow).max())
-    seconds = {path: [s for run in done for s in run["seconds"]] for path, done in runs.items()}
-    fast_s = statistics.median(seconds["fast"])
-    plain_s = statistics.median(seconds["plain"]) if plain else None
+
+    def median(path: str, kind: str) -> float | None:
+        values = [s for run in runs[path] for s in run[kind]]
+        return statistics.median(values) if values else None
+
+    fast_s, plain_s = median("fast", "seconds"), median("plain", "seconds")
+    fast_cpu_s, plain_cpu_s = median("fast", "cpu"), median("plain", "cpu")
     last = runs["fast"][-1]
     total = sum(last["stages"].values())
     return BenchRow(
@@ -175,6 +206,10 @@ def _measure(case: str, precision: str, device: str, max_memory_gib: float | Non
         precision=last["precision"],
         scan_backend=last["scan_backend"],
         threads=last["threads"],
+        fast_cpu_s=fast_cpu_s,
+        plain_cpu_s=plain_cpu_s,
+        cpu_ratio=plain_cpu_s / fast_cpu_s if plain else None,
+        floors=last["floors"],
         note="" if plain else "the plain path does not fit in memory or time",
     )
 
@@ -230,22 +265,31 @@ def _child(task: dict) -> dict:
     _reset_peak()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    baseline = info.pop("baseline")
-    seconds, output, stages = [], None, {}
+    baseline, floors = info.pop("baseline"), info.pop("floors", {})
+    seconds, cpu, output, stages = [], [], None, {}
     started = time.perf_counter()
     # the plain path once a round, the fast one at least that long but for large volumes
     while len(seconds) < (1 if task["path"] == "plain" else 5):
         output = None
-        before = time.perf_counter()
+        before, before_cpu = time.perf_counter(), time.process_time()
         output, stages = run()
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - before)
+        cpu.append(time.process_time() - before_cpu)
         if time.perf_counter() - started > 20:
             break
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident("VmHWM") - baseline
     np.save(task["output"], output)
-    return {**info, "seconds": seconds, "peak": peak, "stages": stages, "threads": torch.get_num_threads()}
+    return {
+        **info,
+        "seconds": seconds,
+        "cpu": cpu,
+        "peak": peak,
+        "stages": stages,
+        "floors": floors,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _network_case(task: dict):
@@ -286,12 +330,43 @@ def _network_case(task: dict):
                     stages[name] = stages.get(name, 0) + seconds
         return fused, stages
 
+    floors = _floors(network, a, b) if device.type == "cuda" and task["path"] == "fast" else {}
     return run, {
         "baseline": baseline,
+        "floors": floors,
         "weights": weights,
         "device": str(device),
         "scan_backend": backend,
         "precision": precision,
+    }
+
+
+def _floors(network, a, b) -> dict[str, float]:
+    """See :class:`BenchRow`; on a CUDA device."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def seconds(work, times=10) -> float:
+        work()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(times):
+            work()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000 / times
+
+    with torch.inference_mode():
+        source = torch.empty(2**28, dtype=torch.uint8, device=a.device)
+        target = torch.empty_like(source)
+        bandwidth = 2 * source.numel() / seconds(lambda: target.copy_(source))
+        square = torch.empty((4096, 4096), dtype=network.dtype, device=a.device).normal_()
+        peak = 2 * 4096**3 / seconds(lambda: square @ square)
+        with FlopCounterMode(display=False) as counter:
+            network(a[:1], b[:1])
+    return {
+        "memory": 3 * 4 * a.numel() / bandwidth,
+        "arithmetic": counter.get_total_flops() * len(a) / peak,
     }
 
 

@@ -59,8 +59,8 @@ MIN_TILE_BYTES = 2**20
 _MAPS_OF_A_TILE = 12
 # A map that is smaller than this is not cut for the sake of one more core.
 _WORTH_A_CORE = 2**20
-# Voxels whose 3×3 windows are laid out at once for CMCA's maximum.
-_POOL_VOXELS = 16**3
+# Voxels of one piece of CMCA's maximum, whose 32 maps stay in the second-level cache.
+_POOL_VOXELS = 8192
 # Tokens of one chunk of a scan, times sequences: 4 MiB for each of its float32 maps of two modalities.
 CHUNK = 2048
 
@@ -173,8 +173,10 @@ class FusionPlan:
         shape = tuple(n + -n % STRIDE for n in a.shape[2:])
         padded = torch.zeros((2 * len(a), 1, *(n + 4 for n in shape)), device=self.device)
         inside = padded[(..., *(slice(2, 2 + n) for n in shape))]
-        inside[: len(a)] = pad_to_stride(a.to(self.device).float())
-        inside[len(a) :] = pad_to_stride(b.to(self.device).float())
+        for part, source in ((slice(0, len(a)), a), (slice(len(a), None), b)):
+            if self.device.type == "cuda" and source.device.type == "cpu":
+                source = source.pin_memory()  # the second one is copied there while the first one travels
+            inside[part] = pad_to_stride(source.to(self.device, non_blocking=True).float())
         return padded, shape
 
     def _tiles(self, samples: int, shape: Sequence[int], bytes_each: float, even: bool, region=None) -> deque[Tile]:
@@ -649,7 +651,10 @@ class _Cmca:
         # the weights of a's channels come from b, and the other way round
         references = [compose(model.cmca_ba.reference), compose(model.cmca_ab.reference)]
         queries = [compose(model.cmca_ab.query), compose(model.cmca_ba.query)]
-        self.reference = [(w.flatten(1).float(), w.flatten(1), b) for w, b in references]
+        # without bias, which is added in double precision
+        self.reference = [
+            (_Conv(w[:, None], torch.zeros_like(b), torch.float32), w.flatten(1), b) for w, b in references
+        ]
         self.query = torch.stack([w for w, _ in queries])  # (2, C, 3, 3)
         self.query_bias = torch.stack([b for _, b in queries])  # (2, C)
         self.head_weight = head[0]  # (O, C, 3, 3)
@@ -661,10 +666,10 @@ class _Cmca:
         share = -(-len(boxes) * 2 * batch // threads)
         calls = []
         for number in range(2 * batch):
-            x, (kernel, _, _) = padded[number, 0], self.reference[number // batch]
+            x, (conv, _, _) = padded[number, 0], self.reference[number // batch]
             calls.append(functools.partial(_shifted_sums, x, shape))
             calls += [
-                functools.partial(_largest, x, boxes[start : start + share], kernel)
+                functools.partial(_largest, x, boxes[start : start + share], conv)
                 for start in range(0, len(boxes), share)
             ]
         results = run_all(calls, threads)
@@ -682,23 +687,15 @@ class _Cmca:
         return _Branch(self, padded, shape, weights)
 
 
-def _windows(x: torch.Tensor) -> torch.Tensor:
-    """(3^d, voxels) from a block with one more voxel on each side."""
-    dimension = x.dim()
-    for axis in range(dimension):
-        x = x.unfold(axis, 3, 1)
-    return x.permute(*range(dimension, 2 * dimension), *range(dimension)).reshape(3**dimension, -1)
-
-
-def _largest(x: torch.Tensor, boxes: Sequence[Box], kernel: torch.Tensor) -> torch.Tensor:
-    """Maximum over some boxes of a 3×3 convolution (C, 9) of a source with two zeros around, without its map."""
-    top = kernel.new_full((len(kernel),), -math.inf)
+def _largest(x: torch.Tensor, boxes: Sequence[Box], conv: _Conv) -> torch.Tensor:
+    """Maximum (C,) over some boxes of a 3×3 convolution without bias of a source with two zeros around."""
+    top = conv.bias.new_full((conv.channels,), -math.inf)
     for box in boxes:
         part = _view(x, tuple((low + 1, high + 3) for low, high in box))
         if part.device.type == "cpu" and not part.any():
-            torch.clamp_(top, min=0)
-            continue
-        torch.maximum(top, _linear(kernel, _windows(part).T).amax(1), out=top)
+            top.clamp_(min=0)
+        else:
+            torch.maximum(top, conv(part[None, None]).movedim(1, -1).flatten(0, -2).amax(0), out=top)
     return top
 
 

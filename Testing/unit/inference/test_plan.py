@@ -175,9 +175,9 @@ def test_both_forms_of_the_scan(backend, monkeypatch):
         ("mri-mri-3d", "brats/*/t2.nii.gz", "brats/*/flair.nii.gz", ((40, 104), (80, 176), (70, 166))),
         (
             "mri-mri-3d",
-            "volumes/kirby21/*T1*.nii.gz",
-            "volumes/kirby21/*FLAIR*.nii.gz",
-            ((0, 80), (100, 180), (90, 170)),
+            "volumes/kirby21/t1.nii.gz",
+            "volumes/kirby21/flair.nii.gz",
+            ((88, 160), (88, 160), (45, 117)),
         ),
         ("mri-ct-2d", "aanlib/CT-MRI/MRI/*.png", "aanlib/CT-MRI/CT/*.png", ((0, 1), (0, 256), (0, 256))),
     ],
