@@ -6,7 +6,7 @@ import ctk
 import qt
 import slicer
 import vtk
-from ClinicalFMambaPanel import sample_data
+from ClinicalFMambaPanel import result_nodes, sample_data
 from ClinicalFMambaPanel.logic import ClinicalFMambaLogic, FusionError
 from ClinicalFMambaPanel.parameters import ClinicalFMambaParameterNode, Device, Window
 from ClinicalFMambaPanel.process import QtTimer
@@ -389,7 +389,9 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.ui.classifyCheckBox.toolTip = (
             _("Not available: {problem}").format(problem=problem)
             if problem
-            else _("Estimate the kind of tumour from the fused volume.")
+            else _("Read the grade of a glioma from T1ce with FLAIR, or say why not. {hint}").format(
+                hint=self.logic.classifierHint
+            )
         )
 
     def _onProgress(self, stage, fraction):
@@ -479,11 +481,11 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         warnings = results.provenance.get("warnings", ()) if has else ()
         self.ui.warningsLabel.text = "\n".join(f"⚠ {warning}" for warning in warnings)
         self.ui.warningsLabel.setVisible(bool(warnings))
-        percent = [(label, f"{100 * value:.1f} %", "") for label, value in results.classification]
+        percent = [(label, text, "") for label, text in result_nodes.inPercent(results)]
         self._fill(self.ui.classificationTable, percent, (_("Class"), _("Probability")))
         self.ui.classificationTitleLabel.setVisible(has)
         note = results.classificationNote
-        if has and not percent:
+        if has and not note:
             problem = self.logic.classifierProblem
             note = _("Not classified: {problem}").format(problem=problem) if problem else _("Not asked for")
         self.ui.classificationNoteLabel.text = note
