@@ -248,10 +248,9 @@ def _check_reading(classify: str, mask: Path | None, sequences: str, occlusion_m
     if mask is not None and not mask.exists():
         raise InputError(f"{mask}: no such file; check the path of --tumour-mask")
     _require_engine()
-    from .inference.classify import find_classifier
-    from .models.classifier import load_classifier
+    from .inference.classify import open_classifier
 
-    load_classifier(find_classifier(classify))
+    open_classifier(classify)
     return stated
 
 
@@ -422,6 +421,23 @@ def models(
             print(f"  {key + ':':14}{value}")
         if not intact:
             damaged.append(name)
+    from .inference.classify import read_classifiers
+
+    for name, entry in read_classifiers().items():
+        path = FOLDER / entry["file"]
+        print(f"{name}: {entry['description']}")
+        lines = [
+            ("reads", f"T1ce with FLAIR into {' or '.join(entry['labels'])}"),
+            ("status", f"{entry['verdict']}: {entry['evidence']}"),
+            ("file", path.name if path.is_file() else "missing"),
+            ("SHA-256", entry["sha256"]),
+        ]
+        if verify:
+            intact = path.is_file() and sha256(path) == entry["sha256"]
+            lines.append(("checksum", "ok" if intact else "WRONG"))
+            damaged += [] if intact else [name]
+        for key, value in [*lines, ("card", str(FOLDER / entry["card"]))]:
+            print(f"  {key + ':':14}{value}")
     if damaged:
         raise WeightsError(f"the weights of {', '.join(damaged)} are missing or corrupt; install ClinicalFMamba again")
 
@@ -501,8 +517,9 @@ def train_classifier(
     settings = trainer.load_preset(preset, overrides or [])
     _make_folder(out)
     path = trainer.train_classifier(settings, Path(preset).name.removesuffix(".yaml"), data, out)
-    print(f"The classifier is {path}, its card {path.with_suffix('.md')}.")
-    print(NOTICE)
+    say = trainer.rank_zero_only(print)
+    say(f"The classifier is {path}, its card {path.with_suffix('.md')}.")
+    say(NOTICE)
 
 
 @app.command()

@@ -292,10 +292,10 @@ class Worker:
         if choice == "auto" and not self._setup.classifiers:
             raise InputError(f"a classification was asked for, but {self._setup.classifier_problem}")
         if choice:
-            from .inference.classify import find_classifier
+            from .inference.classify import open_classifier
 
-            return str(find_classifier(choice)) if choice != "auto" else choice
-        return ""
+            open_classifier(choice)
+        return choice
 
 
 # -------------------------------------------------------------------------------------------- requests

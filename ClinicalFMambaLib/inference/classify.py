@@ -117,6 +117,23 @@ def find_classifier(choice: str) -> Path:
     return path
 
 
+def open_classifier(choice: str) -> Classifier:
+    """The classifier of :func:`find_classifier`, read.
+
+    Raises:
+        WeightsError: there is none, its file is damaged, or it reads images fused by weights that are not bundled.
+        MissingDependencyError: MONAI is needed and not installed.
+    """
+    classifier = load_classifier(find_classifier(choice))
+    fusion = classifier.info.fusion
+    if fusion and read_index().get(fusion["name"], {}).get("sha256") != fusion["sha256"]:
+        raise WeightsError(
+            f"{classifier.info.name} was trained on images fused by other weights than this version's {fusion['name']};"
+            " train it again with train-classifier"
+        )
+    return classifier
+
+
 def sequence_of_name(name: str) -> str:
     """``"t1ce"``, ``"flair"``, ``"t2"``, ``"t1"`` or ``""``: the MR sequence that a name states."""
     found = [sequence for sequence, pattern in _SEQUENCES.items() if pattern.search(name)]
@@ -164,7 +181,7 @@ def classify(
             progress(stage, fraction)
 
     at("loading the classifier", 0.0)
-    classifier = load_classifier(find_classifier(choice))
+    classifier = open_classifier(choice)
     info = classifier.info
     base = Classification(info.name, info.verdict, note=_note(info))
     region = None
@@ -205,7 +222,7 @@ def classify(
 
 
 def _note(info) -> str:
-    counts = " and ".join(f"{n} {label}" for label, n in info.patients.items())
+    counts = " and ".join(f"{info.patients[label]} {label}" for label in info.labels if label in info.patients)
     first = "" if info.verdict == "grade reading" else "Experimental, not a grade reading. "
     return f"{first}{info.name}, trained on {counts} patients of {info.sites} sites. {info.evidence} {NOTICE}"
 
@@ -264,19 +281,10 @@ def fuse_standardised(engine, brain: Brain, fusion: dict[str, str], device: str 
     """(D, H, W) float32 in [0, 1]: T1ce and FLAIR fused by the engine on the working grid.
 
     Args:
-        fusion: ``name`` and ``sha256`` of the weights; empty where no fused image is read, and the result is zeros.
-
-    Raises:
-        WeightsError: this version bundles other weights under that name.
+        fusion: ``name`` of the weights; empty where no fused image is read, and the result is zeros.
     """
     if not fusion:
         return np.zeros_like(brain.images["t1ce"])
-    bundled = read_index().get(fusion["name"], {}).get("sha256")
-    if bundled != fusion["sha256"]:
-        raise WeightsError(
-            f"the classifier was trained on images fused by other weights than this version's {fusion['name']}; "
-            "train it again with train-classifier"
-        )
     pair = [replace(brain.place, array=brain.images[name], name=name) for name in ("t1ce", "flair")]
     options = FusionOptions(
         model=fusion["name"],

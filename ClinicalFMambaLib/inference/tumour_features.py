@@ -34,6 +34,7 @@ class Reading:
     images: dict[str, np.ndarray]
     region: np.ndarray
     _scores: dict[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+    _features: dict[str, list[float]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, brain: Brain, fused: np.ndarray, region: np.ndarray) -> Reading:
@@ -51,6 +52,12 @@ class Reading:
         if name not in self._scores:
             self._scores[name] = scores(self.images[name], self.normal)
         return self._scores[name]
+
+    def features(self, name: str) -> list[float]:
+        """:func:`summarise` of one image inside the region."""
+        if name not in self._features:
+            self._features[name] = summarise(self.scores(name)[self.region])
+        return self._features[name]
 
 
 def summarise(values: np.ndarray) -> list[float]:
@@ -79,10 +86,10 @@ def features(reading: Reading, inputs: tuple[str, ...], hidden: np.ndarray | Non
     Args:
         hidden: (D, H, W) bool, painted with normal tissue first.
     """
-    inside = reading.region
-    seen = None if hidden is None else ~hidden[inside]
-    values = (reading.scores(name)[inside] for name in inputs)
-    return np.array([x for v in values for x in summarise(v if seen is None else v * seen)])
+    if hidden is None:
+        return np.array([x for name in inputs for x in reading.features(name)])
+    seen = ~hidden[reading.region]
+    return np.array([x for name in inputs for x in summarise(reading.scores(name)[reading.region] * seen)])
 
 
 def domain_names() -> tuple[str, ...]:

@@ -160,7 +160,7 @@ def find_region(brain: Brain) -> np.ndarray:
     FLAIR much brighter than normal tissue and away from the brain's surface, the largest part and those of at least a
     quarter of it, grown into what is less bright; with enhancing tissue that touches it and all that it encloses.
     """
-    core = _erode(brain.mask, 2)
+    core = _core(brain)
     flair = scores(_blur(brain.images["flair"], 0.75), core)
     seed = _main_parts(_open((flair > SEED_Z) & core, 1))
     if not seed.any():
@@ -188,7 +188,14 @@ def _main_parts(mask: np.ndarray) -> np.ndarray:
 
 def normal_tissue(brain: Brain, region: np.ndarray) -> np.ndarray:
     """(D, H, W) bool: brain away from its surface and from the region."""
-    return _erode(brain.mask, 2) & ~_dilate(region, 3)
+    return _core(brain) & ~_dilate(region, 3)
+
+
+def _core(brain: Brain) -> np.ndarray:
+    """The brain without 4 mm at its surface; the end of the field of view is no surface."""
+    beyond = np.pad(~brain.inside, 2, constant_values=True)
+    near = _dilate(~(np.pad(brain.mask, 2) | beyond), 2)
+    return ~near[(slice(2, -2),) * 3] & brain.mask
 
 
 def mirrored(array: np.ndarray, brain: Brain) -> np.ndarray:
@@ -222,12 +229,6 @@ def _open(mask, radius):
 def _close(mask, radius):
     # Safe border: else the closing eats what lies at the edge of the array.
     return _apply(mask, lambda sitk, i: sitk.BinaryMorphologicalClosing(i, [radius] * 3, sitk.sitkBall, 1, True))
-
-
-def _erode(mask, radius):
-    # What lies beyond the array is not inside.
-    inner = ~_dilate(~np.pad(mask, radius), radius)
-    return inner[(slice(radius, -radius),) * 3]
 
 
 def _dilate(mask, radius):
