@@ -289,7 +289,7 @@ class Worker:
         """The classifier asked for, ``""`` for none; refused here, and not after minutes of fusing."""
         if not isinstance(choice, str):
             raise InputError(f"classify must be a text, not {_short(choice)}")
-        if choice == "auto" and not self._setup.classifiers:
+        if choice and not choice.endswith(".safetensors") and not self._setup.classifiers:
             raise InputError(f"a classification was asked for, but {self._setup.classifier_problem}")
         if choice:
             from .inference.classify import open_classifier

@@ -68,3 +68,25 @@ def make_pair():
         }
 
     return make
+
+
+@pytest.fixture(scope="session")
+def classifier_file(make_pair, tmp_path_factory):
+    """It calls a tumour high grade where much of it enhances, and knows brains of the size of ``make_pair``'s only."""
+    import numpy as np
+
+    from ClinicalFMambaLib.inference.tumour_features import Reading, domain_features, domain_names, feature_names
+    from ClinicalFMambaLib.inference.tumour_region import find_region, standardise
+    from ClinicalFMambaLib.models.classifier import Classifier, ClassifierInfo, Domain, FeatureModel, save_classifier
+
+    inputs = ("t1ce", "average")
+    names = feature_names(inputs)
+    weights = np.zeros((21, len(names)))
+    weights[:, names.index("t1ce.bright")] = np.linspace(6, 10, 21)[[10, *range(10), *range(11, 21)]]
+    model = FeatureModel(inputs, np.zeros(len(names)), np.ones(len(names)), weights, np.full(21, -2.0))
+    brain = standardise(make_pair())
+    known = domain_features(Reading.of(brain, brain.images["t1ce"], find_region(brain)))
+    litres = np.array([name == "brain_litres" for name in domain_names()], float)
+    domain = Domain(known, np.diag(litres / 0.1**2), 4.0)
+    info = ClassifierInfo("toy", "features", inputs, patients={"LGG": 9, "HGG": 8}, sites=3, evidence="A test.")
+    return str(save_classifier(Classifier(info, model, domain), tmp_path_factory.mktemp("toy") / "toy.safetensors"))

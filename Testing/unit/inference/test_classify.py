@@ -11,27 +11,8 @@ import pytest
 from ClinicalFMambaLib.errors import Cancelled, WeightsError
 from ClinicalFMambaLib.inference import classify as module
 from ClinicalFMambaLib.inference.classify import classify, find_classifier, open_classifier, sequence_of_name
-from ClinicalFMambaLib.inference.tumour_features import Reading, domain_features, domain_names, feature_names
-from ClinicalFMambaLib.inference.tumour_region import find_region, standardise
-from ClinicalFMambaLib.models.classifier import Classifier, ClassifierInfo, Domain, FeatureModel, save_classifier
+from ClinicalFMambaLib.models.classifier import save_classifier
 from ClinicalFMambaLib.phantom import make_phantom
-
-INPUTS = ("t1ce", "average")
-
-
-@pytest.fixture(scope="module")
-def classifier_file(make_pair, tmp_path_factory):
-    """It calls a tumour high grade where much of it enhances, and knows brains of the size of ``make_pair``'s only."""
-    names = feature_names(INPUTS)
-    weights = np.zeros((21, len(names)))
-    weights[:, names.index("t1ce.bright")] = np.linspace(6, 10, 21)[[10, *range(10), *range(11, 21)]]
-    model = FeatureModel(INPUTS, np.zeros(len(names)), np.ones(len(names)), weights, np.full(21, -2.0))
-    brain = standardise(make_pair())
-    known = domain_features(Reading.of(brain, brain.images["t1ce"], find_region(brain)))
-    litres = np.array([name == "brain_litres" for name in domain_names()], float)
-    domain = Domain(known, np.diag(litres / 0.1**2), 4.0)
-    info = ClassifierInfo("toy", "features", INPUTS, patients={"LGG": 9, "HGG": 8}, sites=3, evidence="A test.")
-    return str(save_classifier(Classifier(info, model, domain), tmp_path_factory.mktemp("toy") / "toy.safetensors"))
 
 
 def pair_of(pair):
