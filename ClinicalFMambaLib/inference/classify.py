@@ -29,12 +29,12 @@ CLASSIFIERS = FOLDER / "classifiers.json"
 BLOCKS = {"features": 300, "resnet50-2d": 60, "resnet50-3d": 40}
 Progress = Callable[[str, float], None]
 
-_SEQUENCES = {
-    "t1ce": re.compile(r"t1(w|wi)?[-_ +]*(ce|c|gd|gad|km|post|contrast)(?![a-z])|post[-_ ]?contrast", re.I),
-    "flair": re.compile(r"flair|t2f(?![a-z])", re.I),
-    "t2": re.compile(r"t2(w|wi)?(?![a-z])", re.I),
-    "t1": re.compile(r"t1(w|wi|n)?(?![a-z])|mprage|spgr", re.I),
-}
+_FLAIR = re.compile(r"flair|t2f(?![a-z])")
+_T1 = re.compile(r"t1(w|wi|n)?(?![a-z])|mprage|spgr")
+_T1CE = re.compile(r"t1(w|wi)?[-_ +]*(ce|c|gd|gad|km|post)(?![a-z])")
+_T2 = re.compile(r"t2(w|wi)?(?![a-z])")
+_CONTRAST = re.compile(r"(?<![a-z])(ce|gd|gad\w*|km|post|contrast)(?![a-z])|\+c(?![a-z])")
+_NO_CONTRAST = re.compile(r"(?<![a-z])(pre|no|non|without|w/o)(?![a-z])")
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,12 @@ def open_classifier(choice: str) -> Classifier:
 
 def sequence_of_name(name: str) -> str:
     """``"t1ce"``, ``"flair"``, ``"t2"``, ``"t1"`` or ``""``: the MR sequence that a name states."""
-    found = [sequence for sequence, pattern in _SEQUENCES.items() if pattern.search(name)]
-    # A name such as "t2_flair" states FLAIR, "t1ce" is no "t1".
-    return found[0] if found else ""
+    text = name.lower()
+    if _FLAIR.search(text):  # before T2, as in "T2 FLAIR"
+        return "flair"
+    if _T1CE.search(text) or (_T1.search(text) and _CONTRAST.search(text) and not _NO_CONTRAST.search(text)):
+        return "t1ce"
+    return "t1" if _T1.search(text) else "t2" if _T2.search(text) else ""
 
 
 # ------------------------------------------------------------------------------------------------ reading

@@ -136,7 +136,8 @@ def test_cancelled(make_pair, averaging_engine, classifier_file):
         ("BraTS19_1_t1ce", "t1ce"), ("T1-CE axial", "t1ce"), ("BraTS-GLI-0-000-t1c", "t1ce"), ("T1 Gd", "t1ce"),
         ("t1post", "t1ce"), ("T1w post contrast", "t1ce"), ("flair", "flair"), ("T2_FLAIR", "flair"),
         ("x-t2f", "flair"), ("sub_T2w", "t2"), ("T1w", "t1"), ("MPRAGE", "t1"), ("MRHead", ""), ("", ""),
-        ("t1centre", ""),
+        ("t1centre", ""), ("Ax T1 MPRAGE +C", "t1ce"), ("T1 AX POST GAD", "t1ce"), ("T1 ax pre contrast", "t1"),
+        ("T1 without contrast", "t1"), ("post", ""),
     ],
 )  # fmt: skip
 def test_sequence_of_name(name, sequence):
