@@ -7,12 +7,11 @@ import ctk
 import qt
 import slicer
 import vtk
-from ClinicalFMambaPanel import display, sample_data
+from ClinicalFMambaPanel import display, result_nodes, sample_data
 from ClinicalFMambaPanel.logic import ClinicalFMambaLogic, FusionError
 from ClinicalFMambaPanel.parameters import ClinicalFMambaParameterNode, Device, Window
 from ClinicalFMambaPanel.process import QtTimer
 from ClinicalFMambaPanel.requirements import InstallationError
-from ClinicalFMambaPanel.result_nodes import companionsOf
 from ClinicalFMambaPanel.words import METRIC_WORDS, durationInWords
 from slicer.i18n import tr as _
 from slicer.i18n import translate
@@ -202,7 +201,7 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def onNodeAboutToBeRemoved(self, caller, event, node):
         if slicer.mrmlScene.IsClosing():
             return
-        self._orphans += [companion.GetID() for companion in companionsOf(node)]
+        self._orphans += [companion.GetID() for companion in result_nodes.companionsOf(node)]
         p = self._parameterNode
         for name in ("volumeA", "volumeB", "fusedVolume") if p else ():
             if p.getValue(name) is node:
@@ -457,7 +456,9 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.ui.classifyCheckBox.toolTip = (
             _("Not available: {problem}").format(problem=problem)
             if problem
-            else _("Estimate the kind of tumour from the fused volume.")
+            else _("Read the grade of a glioma from T1ce with FLAIR, or say why not. {hint}").format(
+                hint=self.logic.classifierHint
+            )
         )
 
     def _onProgress(self, stage, fraction):
@@ -548,11 +549,11 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         warnings = results.provenance.get("warnings", ()) if has else ()
         self.ui.warningsLabel.text = "\n".join(f"⚠ {warning}" for warning in warnings)
         self.ui.warningsLabel.setVisible(bool(warnings))
-        percent = [(label, f"{100 * value:.1f} %", "") for label, value in results.classification]
+        percent = [(label, text, "") for label, text in result_nodes.inPercent(results)]
         self._fill(self.ui.classificationTable, percent, (_("Class"), _("Probability")))
         self.ui.classificationTitleLabel.setVisible(has)
         note = results.classificationNote
-        if has and not percent:
+        if has and not note:
             problem = self.logic.classifierProblem
             note = _("Not classified: {problem}").format(problem=problem) if problem else _("Not asked for")
         self.ui.classificationNoteLabel.text = note
