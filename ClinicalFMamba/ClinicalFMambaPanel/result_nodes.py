@@ -252,7 +252,7 @@ def putDifference(output):
 
 def _differenceColours():
     """Blue over black to red; black and not clear, because slice views take a colour's opacity as all or nothing."""
-    # No singleton: Slicer keeps those when a scene is closed, without their colours.
+    # No singleton: it would stay in every scene that is opened afterwards.
     node = slicer.mrmlScene.GetFirstNode(DIFFERENCE_COLOURS, "vtkMRMLColorTableNode")
     if node is not None:
         return node
