@@ -62,7 +62,7 @@ def putVolume(output, image, place, nodeA, event, name):
     wasModifying = output.StartModify()
     _nameFor(output, name)
     if event["colour"]:
-        # Else a file says that these are vectors in space.
+        # So that Slicer and the formats that tell them apart know colours from vectors in space.
         output.SetVoxelVectorType(output.VoxelVectorTypeColorRGB)
     output.SetIJKToRASMatrix(slicer.util.vtkMatrixFromArray(place.ijkToRas))
     parent = scene.GetNodeByID(place.parentId) if place.parentId else None
