@@ -65,7 +65,7 @@ def putVolume(output, image, place, nodeA, event, name):
     wasModifying = output.StartModify()
     _nameFor(output, name)
     if event["colour"]:
-        # Else a file says that these are vectors in space.
+        # So that Slicer and the formats that tell them apart know colours from vectors in space.
         output.SetVoxelVectorType(output.VoxelVectorTypeColorRGB)
     output.SetIJKToRASMatrix(slicer.util.vtkMatrixFromArray(place.ijkToRas))
     parent = scene.GetNodeByID(place.parentId) if place.parentId else None
@@ -292,7 +292,7 @@ def putDifference(output):
 
 def _differenceColours():
     """Blue over black to red; black and not clear, because slice views take a colour's opacity as all or nothing."""
-    # No singleton: Slicer keeps those when a scene is closed, without their colours.
+    # No singleton: it would stay in every scene that is opened afterwards.
     node = slicer.mrmlScene.GetFirstNode(DIFFERENCE_COLOURS, "vtkMRMLColorTableNode")
     if node is not None:
         return node
