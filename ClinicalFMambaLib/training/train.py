@@ -432,8 +432,8 @@ def _check_checkpoint(path: Path, module: FusionModule) -> None:
     if seen := sorted(set(before["training_patients"]) & set(module.run["validation_patients"])):
         raise InputError(
             f"{path}: the run was trained on {', '.join(seen)}, which would be validation patients now; give the data,"
-            f" data.validation and training.seed that it was started with, or data.validation="
-            f"[{', '.join(before['validation_patients'])}]"
+            f" data.validation and training.seed that it was started with, or"
+            f' "data.validation={before["validation_patients"]}"'
         )
     if changed := _changes(before["settings"], module.run["settings"]):
         logger.warning("the run goes on with other settings: %s", ", ".join(changed))
