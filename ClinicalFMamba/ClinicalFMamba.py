@@ -7,12 +7,11 @@ import ctk
 import qt
 import slicer
 import vtk
-from ClinicalFMambaPanel import display, sample_data
+from ClinicalFMambaPanel import display, result_nodes, sample_data
 from ClinicalFMambaPanel.logic import ClinicalFMambaLogic, FusionError
 from ClinicalFMambaPanel.parameters import ClinicalFMambaParameterNode, Device, Window
 from ClinicalFMambaPanel.process import QtTimer
 from ClinicalFMambaPanel.requirements import InstallationError
-from ClinicalFMambaPanel.result_nodes import companionsOf
 from ClinicalFMambaPanel.words import METRIC_WORDS, durationInWords
 from slicer.i18n import tr as _
 from slicer.i18n import translate
@@ -119,6 +118,7 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.setLogic(ClinicalFMambaLogic())
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.StartCloseEvent, self.onSceneStartClose)
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndCloseEvent, self.onSceneEndClose)
+        self.addObserver(slicer.mrmlScene, slicer.mrmlScene.StartImportEvent, self.onSceneStartImport)
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndImportEvent, self.onSceneEndImport)
         # Before the selectors, which take the next volume for one that is removed: it would be overwritten.
         self.addObserver(
@@ -184,8 +184,11 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if self._isEntered:
             self.initializeParameterNode()
 
+    def onSceneStartImport(self, caller, event):
+        # Node selectors forget their node when a scene is added, and would have the parameter node forget it, too.
+        self.setParameterNode(None)
+
     def onSceneEndImport(self, caller, event):
-        # While it was read, some of the nodes that it refers to were not there yet.
         if self._isEntered:
             self.initializeParameterNode()
 
@@ -198,7 +201,7 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def onNodeAboutToBeRemoved(self, caller, event, node):
         if slicer.mrmlScene.IsClosing():
             return
-        self._orphans += [companion.GetID() for companion in companionsOf(node)]
+        self._orphans += [companion.GetID() for companion in result_nodes.companionsOf(node)]
         p = self._parameterNode
         for name in ("volumeA", "volumeB", "fusedVolume") if p else ():
             if p.getValue(name) is node:
@@ -255,7 +258,7 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             if self._parameterNode.model == "file":
                 self.ui.modelFileEdit.addCurrentPathToHistory()
             self.logic.fuse(**self.fuseArguments())
-        except (ValueError, FusionError, InstallationError) as error:
+        except (ValueError, OSError, FusionError, InstallationError) as error:
             self._showError(error)
         self._update()
 
@@ -433,7 +436,7 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def _problem(self):
         p = self._parameterNode
         if not p:
-            return _("The scene is being closed")
+            return _("The scene is being closed or loaded")
         if self.logic.requirements.isInstalling:
             return _("Packages are being installed, which may take minutes")
         for label, window, low, high in (
@@ -453,7 +456,9 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.ui.classifyCheckBox.toolTip = (
             _("Not available: {problem}").format(problem=problem)
             if problem
-            else _("Estimate the kind of tumour from the fused volume.")
+            else _("Read the grade of a glioma from T1ce with FLAIR, or say why not. {hint}").format(
+                hint=self.logic.classifierHint
+            )
         )
 
     def _onProgress(self, stage, fraction):
@@ -544,11 +549,11 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         warnings = results.provenance.get("warnings", ()) if has else ()
         self.ui.warningsLabel.text = "\n".join(f"⚠ {warning}" for warning in warnings)
         self.ui.warningsLabel.setVisible(bool(warnings))
-        percent = [(label, f"{100 * value:.1f} %", "") for label, value in results.classification]
+        percent = [(label, text, "") for label, text in result_nodes.inPercent(results)]
         self._fill(self.ui.classificationTable, percent, (_("Class"), _("Probability")))
         self.ui.classificationTitleLabel.setVisible(has)
         note = results.classificationNote
-        if has and not percent:
+        if has and not note:
             problem = self.logic.classifierProblem
             note = _("Not classified: {problem}").format(problem=problem) if problem else _("Not asked for")
         self.ui.classificationNoteLabel.text = note

@@ -179,6 +179,18 @@ def fuse(
         Path | None, typer.Option(metavar="PNG", help="Also write A, B and the result as a picture.")
     ] = None,
     report: Annotated[Path | None, typer.Option(metavar="JSON", help="Also write what was done with what.")] = None,
+    classify: Annotated[
+        str, typer.Option(metavar="auto|NAME|PATH", help="Also read the glioma's grade from T1ce with FLAIR.")
+    ] = "",
+    tumour_mask: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where the tumour is; searched for by default.")
+    ] = None,
+    sequences: Annotated[
+        str, typer.Option(metavar="A,B", help="t1ce,flair or flair,t1ce; read from the names by default.")
+    ] = "",
+    occlusion_map: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write where the reading comes from, on A's grid.")
+    ] = None,
 ) -> None:
     """Fuse two registered volumes or images into one."""
     from .config import FusionOptions
@@ -198,7 +210,8 @@ def fuse(
     from .outputs import write_result
     from .volumes import read_volume
 
-    _check_outputs(out, preview, report, (a, b))
+    _check_outputs(out, preview, report, (a, b), occlusion_map)
+    stated = _check_reading(classify, tumour_mask, sequences, occlusion_map)
     volume_a, volume_b = read_volume(a, options.modality_a), read_volume(b, options.modality_b)
     _check_fits(out, volume_a)
     if preview is not None:
@@ -206,21 +219,57 @@ def fuse(
     _require_engine()
     from .inference.engine import FusionEngine
 
+    engine, reading = FusionEngine(), None
     with _progress_bar() as progress:
-        result = FusionEngine().fuse(volume_a, volume_b, options, progress)
+        result = engine.fuse(volume_a, volume_b, options, progress)
+        if classify:
+            from .inference.classify import classify as read_grade
+
+            mask = read_volume(tumour_mask) if tumour_mask else None
+            reading = read_grade(
+                engine, volume_a, volume_b, classify, sequences=stated, mask=mask, device=device, progress=progress
+            )
     write_result(result.volume, result.fused, result.metadata(), out)
+    if reading is not None and reading.occlusion is not None and occlusion_map is not None:
+        from .volumes import write_volume
+
+        write_volume(reading.occlusion, occlusion_map, {"notice": NOTICE, "scale": "thousandths of the probability"})
     if preview is not None:
         from .preview import save_fusion
 
         save_fusion(preview, result)
     if report is not None:
-        write_text(report, json.dumps({"output_file": str(out), **result.provenance}, indent=2) + "\n")
+        content = {"output_file": str(out), **result.provenance}
+        if reading is not None:
+            content["classification"] = reading.to_json()
+        write_text(report, json.dumps(content, indent=2) + "\n")
     for warning in result.warnings:
         log.warning("%s", warning)
-    _summarise(result, out, preview, report)
+    _summarise(result, out, preview, report, reading)
 
 
-def _check_outputs(out: Path, preview: Path | None, report: Path | None, inputs: Sequence[Path]) -> None:
+def _check_reading(classify: str, mask: Path | None, sequences: str, occlusion_map: Path | None) -> tuple[str, str]:
+    """The sequences of A and B as stated; raises before anything is computed."""
+    if not classify:
+        for value, option in ((mask, "--tumour-mask"), (sequences, "--sequences"), (occlusion_map, "--occlusion-map")):
+            if value:
+                raise InputError(f"{option} is for --classify; add --classify auto, or leave it out")
+        return "", ""
+    stated = tuple(word.strip().lower() for word in sequences.split(",")) if sequences else ("", "")
+    if sequences and sorted(stated) != ["flair", "t1ce"]:
+        raise InputError(f"--sequences {sequences} should be t1ce,flair or flair,t1ce")
+    if mask is not None and not mask.exists():
+        raise InputError(f"{mask}: no such file; check the path of --tumour-mask")
+    _require_engine()
+    from .inference.classify import open_classifier
+
+    open_classifier(classify)
+    return stated
+
+
+def _check_outputs(
+    out: Path, preview: Path | None, report: Path | None, inputs: Sequence[Path], occlusion_map: Path | None = None
+) -> None:
     from .volumes import WRITABLE_SUFFIXES, suffix_of
 
     if suffix_of(out) not in WRITABLE_SUFFIXES:
@@ -228,14 +277,16 @@ def _check_outputs(out: Path, preview: Path | None, report: Path | None, inputs:
         raise InputError(f"{out}: cannot write {suffix_of(out) or 'a file without extension'}; use one of {known}")
     if preview is not None and suffix_of(preview) != ".png":
         raise InputError(f"{preview}: the preview is a PNG; give a name that ends with .png")
-    outputs = [path for path in (out, preview, report) if path is not None]
+    if occlusion_map is not None and suffix_of(occlusion_map) not in (".nrrd", ".nii", ".nii.gz", ".mha"):
+        raise InputError(f"{occlusion_map}: the map is a volume; give a name that ends with .nrrd or .nii.gz")
+    outputs = [path for path in (out, preview, report, occlusion_map) if path is not None]
     for path in outputs:
         _check_folder(path)
         for taken in inputs:
             if path.resolve() == taken.resolve():
                 raise OutputError(f"{path} is one of the inputs; give another name")
     if len({path.resolve() for path in outputs}) < len(outputs):
-        raise OutputError("output, preview and report need different names")
+        raise OutputError("output, preview, report and occlusion map need different names")
 
 
 def _check_fits(out: Path, a) -> None:
@@ -245,7 +296,7 @@ def _check_fits(out: Path, a) -> None:
         raise InputError(f"{out}: {suffix_of(out)[1:]} holds one slice, {a.name} has {a.shape[0]}; write a .nrrd")
 
 
-def _summarise(result, out: Path, preview: Path | None, report: Path | None) -> None:
+def _summarise(result, out: Path, preview: Path | None, report: Path | None, reading=None) -> None:
     p = result.provenance
     lines = [
         ("output", str(out)),
@@ -258,9 +309,10 @@ def _summarise(result, out: Path, preview: Path | None, report: Path | None) -> 
         ),
         ("scale", p["output"]["scale"]),
         ("time", f"{p['seconds']:.1f} s"),
+        *((("reading", reading.text), ("", reading.note)) if reading is not None else ()),
     ]
     for name, value in lines:
-        print(f"{name + ':':10}{value}")
+        print(f"{name + ':' if name else '':10}{value}")
     print(NOTICE)
 
 
@@ -473,6 +525,23 @@ def models(
             print(f"  {key + ':':14}{value}")
         if not intact:
             damaged.append(name)
+    from .inference.classify import read_classifiers
+
+    for name, entry in read_classifiers().items():
+        path = FOLDER / entry["file"]
+        print(f"{name}: {entry['description']}")
+        lines = [
+            ("reads", f"T1ce with FLAIR into {' or '.join(entry['labels'])}"),
+            ("status", f"{entry['verdict']}: {entry['evidence']}"),
+            ("file", path.name if path.is_file() else "missing"),
+            ("SHA-256", entry["sha256"]),
+        ]
+        if verify:
+            intact = path.is_file() and sha256(path) == entry["sha256"]
+            lines.append(("checksum", "ok" if intact else "WRONG"))
+            damaged += [] if intact else [name]
+        for key, value in [*lines, ("card", str(FOLDER / entry["card"]))]:
+            print(f"  {key + ':':14}{value}")
     if damaged:
         raise WeightsError(f"the weights of {', '.join(damaged)} are missing or corrupt; install ClinicalFMamba again")
 
@@ -530,6 +599,31 @@ def _trainer():
 
     log.parent.setLevel(logging.INFO)
     return trainer
+
+
+@app.command()
+def train_classifier(
+    preset: Annotated[str, typer.Argument(metavar="PRESET", help="Name of a preset, or a .yaml file.")],
+    data: Annotated[Path, typer.Option(metavar="DIR", help="One folder a case, and a table of grades and sites.")],
+    out: Annotated[Path, typer.Option("-o", "--output", metavar="DIR")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to the preset.")
+    ] = None,
+) -> None:
+    """Train a tumour classifier and judge it by patient and by site, against its baselines and its control."""
+    _require_engine()
+    for module, package in (("lightning", "lightning>=2.6"), ("yaml", "pyyaml"), ("sklearn", "scikit-learn")):
+        require(module, "training a classifier", package)
+    require("matplotlib", "the model card", "matplotlib")
+    from .training import train_classifier as trainer
+
+    log.parent.setLevel(logging.INFO)
+    settings = trainer.load_preset(preset, overrides or [])
+    _make_folder(out)
+    path = trainer.train_classifier(settings, Path(preset).name.removesuffix(".yaml"), data, out)
+    say = trainer.rank_zero_only(print)
+    say(f"The classifier is {path}, its card {path.with_suffix('.md')}.")
+    say(NOTICE)
 
 
 @app.command()

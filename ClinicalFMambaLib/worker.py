@@ -8,7 +8,9 @@ Requests: ``fuse`` (id, a, b, options, output, metrics, classify), ``cancel`` (i
 exactly one of ``result``, ``error`` and ``cancelled``. ``ready`` says what there is: models, classifiers (or why there
 is none), the device. The worker ends when stdin ends, on ``quit``, when its parent is gone, or after some idle minutes.
 
-``classification`` of a result is null, or ``{"model", "probabilities": [{"label", "probability"}], "note"}``.
+``classify`` is ``""``, ``"auto"``, the name of a bundled classifier or the path of one. ``classification`` of a result
+is null, or what :meth:`.inference.classify.Classification.to_json` gives, with ``occlusion`` and ``region``: paths of
+.npy files on A's grid, or null. Where no reading is possible, its ``probabilities`` are empty and ``text`` says why.
 
 This module itself imports the standard library only: without torch it still starts, and says what is missing.
 """
@@ -65,7 +67,7 @@ class Setup:
         device: ``{"name", "reason", "free_gib"}``, or None; free_gib is None where the system does not say.
         problem: what is missing and what to do, one sentence, or ``""``.
         models: bundled models, ``{"name", "modalities", "dimension"}`` each.
-        classifiers: bundled tumour classifiers, ``{"name", "labels"}`` each.
+        classifiers: bundled tumour classifiers, ``{"name", "labels", "verdict", "evidence"}`` each.
         classifier_problem: why there is no classifier, one sentence, or ``""``.
     """
 
@@ -238,12 +240,11 @@ class Worker:
         options, output, measure = _options(request.get("options")), _output(request), request.get("metrics", False)
         if not isinstance(measure, bool):
             raise InputError(f"metrics must be true or false, not {_short(measure)}")
-        if request.get("classify"):
-            # Here, and not after minutes of fusing.
-            raise InputError(f"a classification was asked for, but {self._setup.classifier_problem}")
+        classifier = self._classifier(request.get("classify") or "")
         a, b = (_read_volume(request.get(key), key, output) for key in ("a", "b"))
 
-        share = 0.9 if measure else 0.98
+        end = 0.8 if classifier else 0.98
+        share = end - 0.08 if measure else end
 
         def forward(stage: str, fraction: float) -> None:
             if stage != "done":
@@ -257,7 +258,7 @@ class Worker:
             try:
                 metrics, note = _measure(
                     result,
-                    lambda part: report("measuring the result", share + (0.98 - share) * part),
+                    lambda part: report("measuring the result", share + (end - share) * part),
                     lambda: self._clock() > deadline,
                 )
             except Cancelled:
@@ -265,6 +266,11 @@ class Worker:
             except Exception as error:  # the fusion itself has succeeded
                 log.exception("the metrics failed")
                 note = f"no metrics: {_one_line(error)}"
+        classification = None
+        if classifier:
+            classification = _classify(
+                self._setup.engine, a, b, classifier, options, output, lambda s, f: report(s, end + 0.18 * f), cancelled
+            )
         report("writing the result", 0.98)
         _write_array(output, result.volume.array)
         return {
@@ -275,9 +281,21 @@ class Worker:
             "provenance": result.provenance,
             "metrics": metrics,
             "metrics_note": note,
-            "classification": None,
+            "classification": classification,
             "seconds": round(self._clock() - started, 3),
         }
+
+    def _classifier(self, choice) -> str:
+        """The classifier asked for, ``""`` for none; refused here, and not after minutes of fusing."""
+        if not isinstance(choice, str):
+            raise InputError(f"classify must be a text, not {_short(choice)}")
+        if choice and not choice.endswith(".safetensors") and not self._setup.classifiers:
+            raise InputError(f"a classification was asked for, but {self._setup.classifier_problem}")
+        if choice:
+            from .inference.classify import open_classifier
+
+            open_classifier(choice)
+        return choice
 
 
 # -------------------------------------------------------------------------------------------- requests
@@ -401,6 +419,36 @@ def _write_array(path: Path, array) -> None:
 
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.save(file, array, allow_pickle=False)
+
+
+def _classify(engine, a, b, choice: str, options: FusionOptions, output: Path, report, cancelled) -> dict:
+    """The classification as JSON, its volumes in files beside ``output``; a failure is no failure of the fusion."""
+    try:
+        from .inference.classify import classify
+
+        answer = classify(engine, a, b, choice, device=options.device, progress=report, cancelled=cancelled)
+    except Cancelled:
+        raise
+    except Exception as error:
+        log.exception("the classification failed")
+        words = " ".join(str(error).split()) if isinstance(error, ClinicalFMambaError) else _one_line(error)
+        return {
+            "model": "",
+            "probabilities": [],
+            "text": f"no reading: {words}",
+            "note": "",
+            "occlusion": None,
+            "region": None,
+        }
+    volumes = {"occlusion": answer.occlusion, "region": answer.region}
+    paths = {}
+    for name, volume in volumes.items():
+        paths[name] = None
+        if volume is not None:
+            path = output.with_name(f"{output.stem}-{name}.npy")
+            _write_array(path, volume.array)
+            paths[name] = str(path)
+    return {**answer.to_json(), **paths}
 
 
 # --------------------------------------------------------------------------------------------- metrics
@@ -555,13 +603,20 @@ def make_engine() -> Setup:
         problem = f"fusing needs {', '.join(missing)}, which cannot be imported ({'; '.join(reasons)}); "
         problem += f"install with: pip install {wanted}"
         return Setup(None, torch, device, problem, models)
+    from .inference.classify import read_classifiers
     from .inference.engine import FusionEngine
 
+    classifiers = tuple(
+        {"name": name, **{key: entry[key] for key in ("labels", "verdict", "evidence")}}
+        for name, entry in read_classifiers().items()
+    )
     with contextlib.suppress(ImportError):
         # Now and not with the first result, whose user is waiting.
         from .evaluation import metrics  # noqa: F401
 
-    return Setup(FusionEngine(), torch, device, "", models)
+    return Setup(
+        FusionEngine(), torch, device, "", models, classifiers, "" if classifiers else Setup.classifier_problem
+    )
 
 
 def _take_over_pipes() -> tuple[int, int]:

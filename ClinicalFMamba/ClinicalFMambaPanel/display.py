@@ -3,6 +3,8 @@
 import qt
 import slicer
 
+from .result_nodes import relativesOf
+
 COMPARE_LAYOUT = 52508  # Slicer's own are below 1000
 COMPARE_VIEWS = ("ClinicalFMambaA", "ClinicalFMambaFused", "ClinicalFMambaB")
 _LAYOUT_BEFORE = "ClinicalFMamba.layoutBefore"
@@ -50,15 +52,30 @@ def showOver(background, foreground, opacity):
 
 
 def _show(background, foreground, opacity):
+    # A view that shows one of these or what they were made of keeps its zoom and its slice.
+    nodes = [node for node in (background, foreground) if node is not None]
+    related = {node.GetID() for node in (*nodes, *(r for node in nodes for r in relativesOf(node)))}
+    elsewhere = []
     for composite in slicer.util.getNodesByClass("vtkMRMLSliceCompositeNode"):
         if composite.GetLayoutName() in COMPARE_VIEWS:
             continue
+        if composite.GetBackgroundVolumeID() not in related:
+            elsewhere.append(composite.GetLayoutName())
         composite.SetBackgroundVolumeID(background.GetID())
         composite.SetForegroundVolumeID(foreground.GetID() if foreground is not None else None)
         composite.SetForegroundOpacity(opacity)
         composite.SetLabelVolumeID(None)
         composite.SetCompositing(composite.Alpha)
-    slicer.util.setSliceViewerLayers(fit=True)
+    _fit(elsewhere)
+
+
+def _fit(names):
+    """Show the whole background volume in these slice views, those of them that the layout has."""
+    manager = slicer.app.layoutManager()
+    for name in names if manager is not None else ():
+        widget = manager.sliceWidget(name)
+        if widget is not None:
+            widget.sliceLogic().FitSliceToBackground()
 
 
 def leaveComparison():
@@ -80,6 +97,8 @@ def compare(*nodes):
     registerLayout()
     manager.setLayout(COMPARE_LAYOUT)
     composites = [slicer.mrmlScene.GetSingletonNode(name, "vtkMRMLSliceCompositeNode") for name in COMPARE_VIEWS]
+    if [composite.GetBackgroundVolumeID() for composite in composites] == [node.GetID() for node in nodes]:
+        return  # a new result in the same volume: zoom and slice stay
     for composite, node in zip(composites, nodes):
         # Linked already, each volume put into one view would go into all of them.
         composite.SetLinkedControl(0)
@@ -99,5 +118,4 @@ def compare(*nodes):
 
 def _fitCompared():
     if isComparing():
-        for name in COMPARE_VIEWS:
-            slicer.app.layoutManager().sliceWidget(name).sliceLogic().FitSliceToBackground()
+        _fit(COMPARE_VIEWS)

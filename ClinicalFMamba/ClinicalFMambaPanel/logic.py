@@ -145,7 +145,8 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
             resample: whether B may be interpolated onto A's grid.
             plane: of the slices that a 2D model sees: ``"auto"``, ``"axial"``, ``"coronal"`` or ``"sagittal"``.
             maxMemoryGib: bound on the network's memory; None takes what is free.
-            classify: name of a tumour classifier or ``"auto"``; ``""`` for none.
+            classify: name of a tumour classifier, the path of one, or ``"auto"``; ``""`` for none. It reads T1ce with
+                FLAIR, and takes which is which from the names of the nodes.
             metrics: whether the result is measured.
             checkRegistration: whether the engine warns when B looks shifted.
             waitForCompletion: return the fused node when it is there, instead of None at once.
@@ -184,7 +185,7 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         self._count += 1
         identity = f"{os.getpid()}-{self._count}"
         folder = self._scratchFolder() / identity
-        folder.mkdir()
+        folder.mkdir(parents=True)  # some systems clean the temporary folder of a Slicer that runs for days
         pair = volume_nodes.relate(volumeA, volumeB)
         request = {
             "command": "fuse",
@@ -266,6 +267,7 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
             if node.GetClassName() in ("vtkMRMLScalarVolumeNode", "vtkMRMLVectorVolumeNode")
             and not volume_nodes.problemOf(node, "")
             and not result_nodes.isResult(node)
+            and not result_nodes.isCompanion(node)
         ]
         anatomical = [node for node in nodes if modality(node) == "MR" and not volume_nodes.isColour(node)]
         a = next(iter(anatomical + nodes), None)
@@ -415,6 +417,13 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         return [entry["name"] for entry in (self._client.ready or {}).get("classifiers", ())]
 
     @property
+    def classifierHint(self):
+        """What the classifier is and what was measured of it, in words, or ``""``."""
+        entries = (self._client.ready or {}).get("classifiers", ())
+        words = [(entry.get("verdict"), entry.get("evidence")) for entry in entries[:1]]
+        return " ".join(f"{verdict[:1].upper()}{verdict[1:]}. {text}" for verdict, text in words if verdict and text)
+
+    @property
     def classifierProblem(self):
         """Why no classifier can be used, or ``""``."""
         ready = self._client.ready
@@ -475,6 +484,12 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         self._report(job, _("Taking over the result"), ANSWERED)
         image = vtk.vtkImageData()
         yield from volume_nodes.readImage(job.request["output"], image)
+        readings = {}
+        for key, role in (("occlusion", result_nodes.OCCLUSION), ("region", result_nodes.REGION)):
+            path = (event.get("classification") or {}).get(key)
+            if path:
+                readings[role] = vtk.vtkImageData()
+                yield from volume_nodes.readImage(path, readings[role])
         event["provenance"]["slicer"] = {
             "version": slicer.app.applicationVersion,
             "volume_a": self._origin(job.volumeA),
@@ -483,6 +498,8 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         }
         output = result_nodes.putVolume(job.output, image, job.place, job.volumeA, event, job.name)
         result_nodes.putResults(output, job.volumeA, job.volumeB, event)
+        for role, reading in readings.items():
+            result_nodes.putReading(output, reading, role)
         self._dropJob()
         self._outcome = output
         self.finished.emit(output)
@@ -515,6 +532,10 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
                     return
         except StopIteration:
             job.steps = None
+            return
+        except OSError as error:
+            reason = _("The volumes could not be handed over to the fusion process or back: {reason}")
+            self._fail(FusionError(reason.format(reason=error.strerror or error), "Internal", "again"))
             return
         except Exception as error:
             logging.exception("ClinicalFMamba: the fusion failed inside Slicer")
@@ -675,6 +696,12 @@ def stageInWords(stage):
         "fusing": _("Fusing"),
         "making the output": _("Making the result"),
         "measuring the result": _("Measuring the result"),
+        "loading the classifier": _("Loading the classifier"),
+        "finding the brain": _("Finding the brain"),
+        "finding the tumour": _("Finding the tumour"),
+        "fusing for the classifier": _("Fusing for the classifier"),
+        "classifying": _("Classifying"),
+        "mapping what speaks for it": _("Mapping where the reading comes from"),
         "writing the result": _("Writing the result"),
     }
     return words.get(stage) or stage[:1].upper() + stage[1:]

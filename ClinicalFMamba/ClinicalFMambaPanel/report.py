@@ -43,6 +43,7 @@ def writeReport(output, results, path):
             "metrics": dict(results.metrics),
             "metrics_note": results.metricsNote,
             "classification": dict(results.classification),
+            "classification_intervals": dict(zip(dict(results.classification), results.intervals)),
             "classification_note": results.classificationNote,
         }
         write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -76,8 +77,8 @@ def _page(output, results):
         (_("Time"), f"{_text(provenance, 'seconds')} s"),
     ]
     parts += [f"<h2>{_('What was done')}</h2>", _table(rows)]
-    if results.classification:
-        rows = [(label, f"{100 * value:.1f} %") for label, value in results.classification]
+    if results.classification or results.classificationNote:
+        rows = result_nodes.inPercent(results)
         parts += [f"<h2>{_('Tumour classification')}</h2>", _table(rows), _note(results.classificationNote)]
     if results.metrics:
         rows = [(name, f"{value:.4g}") for name, value in results.metrics]

@@ -13,9 +13,10 @@ from .volume_nodes import isColour, matrixOf
 VOLUME_A, VOLUME_B = "clinicalFMambaVolumeA", "clinicalFMambaVolumeB"
 PROVENANCE, METRICS = "clinicalFMambaProvenance", "clinicalFMambaMetrics"
 CLASSIFICATION, DIFFERENCE = "clinicalFMambaClassification", "clinicalFMambaDifference"
-# Companions say whose they are: a copy of a result refers to the original's.
-COMPANIONS, RESULT = (PROVENANCE, METRICS, CLASSIFICATION, DIFFERENCE), "clinicalFMambaResult"
+# With it, what belongs to a result says whose it is: a copy of a result refers to the original's.
+RESULT = "clinicalFMambaResult"
 AUTOMATIC_NAME, NAMED_FOR = "ClinicalFMamba.automaticName", "ClinicalFMamba.namedFor"
+OCCLUSION, REGION = "clinicalFMambaOcclusionMap", "clinicalFMambaTumourRegion"
 GREY = "vtkMRMLColorTableNodeGrey"
 DIFFERENCE_COLOURS = "ClinicalFMambaDifference"
 DIFFERENCE_RANGE = 500  # thousandths of black to white
@@ -41,6 +42,7 @@ class Results:
         provenance: dictionary, or None where the node is no result of this module.
         metrics: (name, value) pairs.
         classification: (label, probability) pairs.
+        intervals: (low, high) of these probabilities, 95 %; empty where the classifier states none.
         metricsNote, classificationNote: how they came about, in words.
     """
 
@@ -49,6 +51,7 @@ class Results:
     metricsNote: str = ""
     classification: tuple = ()
     classificationNote: str = ""
+    intervals: tuple = ()
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -62,7 +65,7 @@ def putVolume(output, image, place, nodeA, event, name):
     wasModifying = output.StartModify()
     _nameFor(output, name)
     if event["colour"]:
-        # Else a file says that these are vectors in space.
+        # So that Slicer and the formats that tell them apart know colours from vectors in space.
         output.SetVoxelVectorType(output.VoxelVectorTypeColorRGB)
     output.SetIJKToRASMatrix(slicer.util.vtkMatrixFromArray(place.ijkToRas))
     parent = scene.GetNodeByID(place.parentId) if place.parentId else None
@@ -161,13 +164,42 @@ def putResults(output, nodeA, nodeB, event):
     classification = event.get("classification")
     if classification:
         table = _companion(output, CLASSIFICATION, "vtkMRMLTableNode", _("{name} tumour classification"))
-        rows = [(row["label"], row["probability"]) for row in classification["probabilities"]]
-        notes = (classification.get("model"), classification.get("note"))
+        probabilities = classification["probabilities"]
+        rows = [(row["label"], row["probability"]) for row in probabilities]
+        notes = (classification.get(key) for key in ("model", "text", "note"))
         _fill(table, _("Class"), _("Probability"), rows, "; ".join(filter(None, notes)))
+        for key, title in (("low", _("95 % from")), ("high", _("95 % to"))):
+            if rows and all(key in row for row in probabilities):
+                _addColumn(table, title, [row[key] for row in probabilities])
     else:
         _removeCompanion(output, CLASSIFICATION)
+    # They show another result.
+    _removeCompanion(output, OCCLUSION)
+    _removeCompanion(output, REGION)
     # It shows another result.
     _removeCompanion(output, DIFFERENCE)
+
+
+def putReading(output, image, role):
+    """Create or update a volume on the fused volume's grid that shows where the classifier's reading comes from.
+
+    Args:
+        role: :data:`OCCLUSION`, thousandths of the probability, or :data:`REGION`, a label map.
+    """
+    isMap = role == OCCLUSION
+    className = "vtkMRMLScalarVolumeNode" if isMap else "vtkMRMLLabelMapVolumeNode"
+    node = _companion(output, role, className, _("{name} occlusion map") if isMap else _("{name} tumour region"))
+    node.SetIJKToRASMatrix(slicer.util.vtkMatrixFromArray(matrixOf(output)))
+    node.SetAndObserveTransformNodeID(output.GetTransformNodeID())
+    if isMap:
+        low, high = image.GetScalarRange()
+        most = max(abs(low), abs(high), 1)
+        _showAt(node, -most, most)
+        node.GetDisplayNode().SetAndObserveColorNodeID(_differenceColours().GetID())
+    else:
+        node.CreateDefaultDisplayNodes()
+    node.SetAndObserveImageData(image)
+    return node
 
 
 def _companion(output, role, className, name):
@@ -187,10 +219,16 @@ def _companion(output, role, className, name):
     return node
 
 
+def relativesOf(node):
+    """The nodes that this one refers to: of a result its sources and companions, of a companion the result."""
+    roles = [node.GetNthNodeReferenceRole(index) for index in range(node.GetNumberOfNodeReferenceRoles())]
+    nodes = [node.GetNodeReference(role) for role in roles if role.startswith("clinicalFMamba")]
+    return [relative for relative in nodes if relative is not None]
+
+
 def companionsOf(node):
     """The nodes that have no meaning without this one; none where it is no result."""
-    companions = [node.GetNodeReference(role) for role in COMPANIONS]
-    return [c for c in companions if c is not None and c.GetNodeReferenceID(RESULT) == node.GetID()]
+    return [relative for relative in relativesOf(node) if relative.GetNodeReferenceID(RESULT) == node.GetID()]
 
 
 def _removeCompanion(output, role):
@@ -213,6 +251,14 @@ def _fill(table, first, second, rows, note):
     table.AddColumn(values)
     table.SetAttribute("ClinicalFMamba.note", note)
     table.EndModify(wasModifying)
+
+
+def _addColumn(table, title, values):
+    column = vtk.vtkDoubleArray()
+    column.SetName(title)
+    for value in values:
+        column.InsertNextValue(float(value))
+    table.AddColumn(column)
 
 
 def putDifference(output):
@@ -246,7 +292,7 @@ def putDifference(output):
 
 def _differenceColours():
     """Blue over black to red; black and not clear, because slice views take a colour's opacity as all or nothing."""
-    # No singleton: Slicer keeps those when a scene is closed, without their colours.
+    # No singleton: it would stay in every scene that is opened afterwards.
     node = slicer.mrmlScene.GetFirstNode(DIFFERENCE_COLOURS, "vtkMRMLColorTableNode")
     if node is not None:
         return node
@@ -280,6 +326,11 @@ def isResult(node):
     return node.GetAttribute("ClinicalFMamba.notice") is not None
 
 
+def isCompanion(node):
+    """Whether this node belongs to a result, such as the difference to A."""
+    return node.GetNodeReferenceID(RESULT) is not None
+
+
 def resultsOf(output):
     """The :class:`Results` that belong to a volume node, also after the scene was saved and loaded."""
     text = output.GetNodeReference(PROVENANCE) if output is not None else None
@@ -290,8 +341,22 @@ def resultsOf(output):
     except ValueError:
         return Results()
     metrics, metricsNote = _read(output.GetNodeReference(METRICS))
-    classification, classificationNote = _read(output.GetNodeReference(CLASSIFICATION))
-    return Results(provenance, metrics, metricsNote, classification, classificationNote)
+    table = output.GetNodeReference(CLASSIFICATION)
+    classification, classificationNote = _read(table)
+    intervals = ()
+    if classification and table.GetNumberOfColumns() >= 4:
+        intervals = tuple(
+            tuple(float(table.GetCellText(row, column)) for column in (2, 3)) for row in range(len(classification))
+        )
+    return Results(provenance, metrics, metricsNote, classification, classificationNote, intervals)
+
+
+def inPercent(results):
+    """(label, text) for each class, the text with the interval where there is one."""
+    texts = [f"{100 * value:.1f} %" for _label, value in results.classification]
+    if results.intervals:
+        texts = [f"{t} ({100 * low:.0f} to {100 * high:.0f} %)" for t, (low, high) in zip(texts, results.intervals)]
+    return [(label, text) for (label, _value), text in zip(results.classification, texts)]
 
 
 def _read(table):

@@ -4,6 +4,7 @@ What may take long on a large volume is a generator that yields often, so that t
 in between.
 """
 
+import contextlib
 import dataclasses
 import itertools
 
@@ -161,17 +162,25 @@ def _slabs(shape, bytesPerSlice):
         yield slice(start, min(start + step, shape[0]))
 
 
+@contextlib.contextmanager
+def _npyFile(path, dtype, shape):
+    """A .npy file that is written piece by piece; not mapped, because on a full disk that would be Slicer's end."""
+    with open(path, "wb") as file:
+        # vtk's long long and Python's int64 may differ in name only; the worker knows the plain ones.
+        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": tuple(shape)}
+        np.lib.format.write_array_header_1_0(file, header)
+        yield lambda part: file.write(np.ascontiguousarray(part))
+
+
 def writeArray(node, path):
     """Write the voxels to a .npy file, (k, j, i) or (k, j, i, 3); a generator."""
     array = slicer.util.arrayFromVolume(node)
     if array.ndim == 4:
         array = array[..., :3]
-    # vtk's long long and Python's int64 may differ in name only; the worker knows the plain ones.
-    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(array.dtype.str), shape=array.shape)
-    for slab in _slabs(array.shape, array[0].nbytes):
-        out[slab] = array[slab]
-        yield
-    out.flush()
+    with _npyFile(path, array.dtype, array.shape) as write:
+        for slab in _slabs(array.shape, array[0].nbytes):
+            write(array[slab])
+            yield
 
 
 def writeMovedArray(node, reference, path, modality=""):
@@ -207,18 +216,17 @@ def writeMovedArray(node, reference, path, modality=""):
         reslice.SetBackgroundLevel(_outside(low, modality))
     columns, rows, slices = sizeOf(reference)
     shape = (slices, rows, columns) + ((3,) if source.ndim == 4 else ())
-    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(source.dtype.str), shape=shape)
     step = max(1, CHUNK_VOXELS // columns)
     from vtk.util.numpy_support import vtk_to_numpy
 
-    for k, j in itertools.product(range(slices), range(0, rows, step)):
-        last = min(j + step, rows) - 1
-        reslice.SetOutputExtent(0, columns - 1, j, last, k, k)
-        reslice.Update()
-        part = vtk_to_numpy(reslice.GetOutput().GetPointData().GetScalars())
-        out[k, j : last + 1] = part.reshape(last + 1 - j, columns, -1)[..., :3].reshape(out[k, j : last + 1].shape)
-        yield
-    out.flush()
+    with _npyFile(path, source.dtype, shape) as write:
+        for k, j in itertools.product(range(slices), range(0, rows, step)):
+            last = min(j + step, rows) - 1
+            reslice.SetOutputExtent(0, columns - 1, j, last, k, k)
+            reslice.Update()
+            part = vtk_to_numpy(reslice.GetOutput().GetPointData().GetScalars())
+            write(part.reshape(last + 1 - j, columns, -1)[..., :3])
+            yield
 
 
 def _atOrigin(image):

@@ -377,7 +377,7 @@ def markdown_table(summary: dict, metrics: Sequence[str]) -> str:
         cells = []
         for metric in metrics:
             value = values[metric]
-            text = f"{value['mean']:.3f}"
+            text = "–" if math.isnan(value["mean"]) else f"{value['mean']:.3f}"
             if not math.isnan(value["low"]):
                 text += f" ({value['low']:.3f} to {value['high']:.3f})"
             cells.append(f"**{text}**" if method in best[metric] else text)

@@ -124,13 +124,15 @@ def save_example(path: Path, example: Example) -> Path:
 
 
 def _framed(picture: np.ndarray, shape: tuple[int, ...], box: tuple[slice, slice]) -> np.ndarray:
-    """RGB with a thin yellow frame around the box, which is given in pixels of ``shape``."""
+    """RGB with a thin yellow frame, lined with black, around the box, which is given in pixels of ``shape``."""
     rgb = np.repeat(picture[..., None], 3, axis=-1) if picture.ndim == 2 else picture.copy()
     factor = rgb.shape[0] / shape[0]
-    top, bottom = round(box[0].start * factor), round(box[0].stop * factor) - 1
-    left, right = round(box[1].start * factor), round(box[1].stop * factor) - 1
-    for line in ((slice(top, bottom + 1), [left, right]), ([top, bottom], slice(left, right + 1))):
-        rgb[line] = (255, 210, 0)
+    starts, stops = ([round(getattr(side, end) * factor) for side in box] for end in ("start", "stop"))
+    for inset, colour in ((-1, 0), (1, 0), (0, (255, 210, 0))):
+        top, left = (max(0, start + inset) for start in starts)
+        bottom, right = (min(n, stop - inset) - 1 for n, stop in zip(rgb.shape, stops))
+        for line in ((slice(top, bottom + 1), [left, right]), ([top, bottom], slice(left, right + 1))):
+            rgb[line] = colour
     return rgb
 
 
@@ -147,12 +149,14 @@ def save_chart(
     rows: Sequence[Row],
     interval: Callable[[np.ndarray], tuple[float, float]] = interval,
     highlighted: str = MODEL,
+    differences_from: str = "",
 ) -> Path:
     """A panel for each metric: a dot for each patient (or seed), their mean and its 95 % interval.
 
     Args:
         interval: lowest and highest value of the interval, from the values of the dots.
         highlighted: the method that is drawn in red.
+        differences_from: what the values are differences from, if they are.
     """
     matplotlib = require("matplotlib", "the chart of the metrics", "matplotlib")
     matplotlib.use("Agg")
@@ -168,9 +172,12 @@ def save_chart(
             means = np.array(list(patient_means(rows, method, metric).values()))
             low, high = interval(means)
             colour = "#c0392b" if method == highlighted else "#8a8a8a" if method in SOURCES else "#2c5f8a"
-            axes.plot(means, np.full(len(means), y), ".", color=colour, alpha=0.35, markersize=5)
             axes.plot([low, high], [y, y], color=colour, linewidth=2)
-            axes.plot(means.mean(), y, "o", color=colour, markersize=6)
+            axes.plot(means.mean(), y, "o", color=colour, markersize=8)
+            dots = {"markersize": 5, "markerfacecolor": "white", "markeredgecolor": colour, "markeredgewidth": 0.8}
+            axes.plot(means, np.full(len(means), y), "o", **dots)
+        if differences_from:
+            axes.axvline(0, color="#555555", linewidth=0.8)
         _limit(axes, {m: list(patient_means(rows, m, metric).values()) for m in methods})
         labels = [method_title(method) if k % columns == 0 else "" for method in methods]
         axes.set_yticks(range(len(methods)), labels, fontsize=8)
@@ -180,6 +187,8 @@ def save_chart(
         axes.tick_params(axis="x", labelsize=8)
         axes.locator_params(axis="x", nbins=6)
         axes.grid(axis="x", alpha=0.3)
+    if differences_from:
+        figure.suptitle(f"Difference from {differences_from}", fontsize=10)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     with replacing(path) as temporary:

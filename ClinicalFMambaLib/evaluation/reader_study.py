@@ -28,8 +28,8 @@ QUESTIONS = ("detail of A", "detail of B", "contrast", "freedom from artefacts",
 _KEY = ("item", "patient", "case", "method")
 _INSTRUCTIONS = f"""Blinded reading of fused images. {NOTICE}
 
-Each NNN.png shows two registered sources, A and B, and one image fused from them. Some items show the same sources:
-fused by another method. Rate each item on its own, in the order of the numbers, in your copy of ratings.csv:
+Each NNN.png shows two registered sources, A and B, and one image fused from them. The same sources come twice, fused by
+two methods. Rate each item on its own, in the order of the numbers, in your copy of ratings.csv:
 
 {"".join(f"- {question}: 1 (poor) to 5 (excellent)" + chr(10) for question in QUESTIONS)}
 Write your name or number into the column reader. Leave a cell empty where you cannot tell.
@@ -78,8 +78,12 @@ class ReaderStudy:
         others = [method for method in mean_ranks(summarise(rows)) if method != MODEL]
         if not others:
             raise InputError("a reader study needs another fusion to compare with, and a metric to choose it by")
-        items = [(example, method) for example in self._examples for method in (MODEL, others[0])]
-        self._random.shuffle(items)
+        # a case comes once in each half, so that nobody compares its two items side by side
+        halves: tuple[list, list] = ([], [])
+        for example in self._random.sample(self._examples, len(self._examples)):
+            for half, method in zip(halves, self._random.sample([MODEL, others[0]], 2)):
+                half.append((example, method))
+        items = [*halves[0], *halves[1]]
         self.folder.mkdir()
         names = [f"{number:03d}" for number in range(1, len(items) + 1)]
         for name, (example, method) in zip(names, items):

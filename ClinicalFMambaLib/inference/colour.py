@@ -18,8 +18,18 @@ def rgb_to_ycbcr(rgb: np.ndarray) -> np.ndarray:
 
 
 def ycbcr_to_rgb(ycbcr: np.ndarray) -> np.ndarray:
-    """Inverse of :func:`rgb_to_ycbcr`, rounded and clipped to uint8."""
-    return np.clip(np.rint(np.asarray(ycbcr, np.float32) @ _TO_RGB.T * 255), 0, 255).astype(np.uint8)
+    """Inverse of :func:`rgb_to_ycbcr`, uint8; a colour that RGB does not hold pales until it does.
+
+    Clipping the channels instead would change the luma, and with it what was fused: by up to a third where the MRI is
+    bright below a saturated colour. Luma and hue stay.
+    """
+    ycbcr = np.asarray(ycbcr, np.float32)
+    grey = np.clip(ycbcr[..., :1], 0, 1)
+    colour = ycbcr[..., 1:] @ _TO_RGB[:, 1:].T
+    room = np.where(colour > 0, 1 - grey, grey)
+    # not above one; the smallest share of the three channels
+    share = np.min(room / np.maximum(np.abs(colour), np.maximum(room, 1e-6)), axis=-1, keepdims=True)
+    return np.rint((grey + share * colour) * 255).astype(np.uint8)
 
 
 def luma(rgb: np.ndarray) -> np.ndarray:

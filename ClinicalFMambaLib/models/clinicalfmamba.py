@@ -99,7 +99,7 @@ def fused_from_maps(maps: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tor
     """
     if maps.shape[1] == 1:
         return torch.sigmoid(maps)
-    weight, residual = maps.split(1, 1)
+    weight, residual = maps.to(a.dtype).split(1, 1)  # under autocast the head is in half precision
     return torch.lerp(b, a, torch.sigmoid(weight)).add(residual).clamp(0, 1)
 
 

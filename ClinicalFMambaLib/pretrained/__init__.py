@@ -96,11 +96,11 @@ def save_weights(model, path: Path, metadata: dict[str, str]) -> Path:
         raise OutputError(f"cannot create {path.parent}: {error.strerror or error}") from error
     content = save(state, {**metadata, "config": model.config.to_json()})
     with replacing(path) as temporary:
-        temporary.write_bytes(_sorted_header(content))
+        temporary.write_bytes(sort_header(content))
     return path
 
 
-def _sorted_header(content: bytes) -> bytes:
+def sort_header(content: bytes) -> bytes:
     """A safetensors file with the keys of its JSON header sorted: the library writes metadata in any order."""
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()

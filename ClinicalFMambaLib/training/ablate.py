@@ -47,8 +47,9 @@ def ablate(preset: dict, name: str, data: Path, out: Path, seeds: int = 3) -> li
     """Train and measure each variant with each seed; go on where an earlier call has stopped.
 
     A seed decides the split (where the preset gives a share of the patients), the initialisation and the crops, and is
-    the same for all variants, so that they can be compared pair by pair. Writes ``ablation.csv``, ``ablation.md`` and
-    ``ablation.png`` into ``out``, and one folder for each run.
+    the same for all variants, so that they can be compared pair by pair. Writes ``ablation.csv``, ``ablation.md``,
+    ``ablation.png`` (values) and ``ablation-differences.png`` (from the full network) into ``out``, and one folder for
+    each run.
 
     Args:
         preset: of :func:`.train.load_preset`; ``training.seed`` is the first seed.
@@ -117,6 +118,13 @@ def _write(rows: Sequence[Row], preset: dict, out: Path) -> None:
     write_csv(rows, out / "ablation.csv")
     write_text(out / "ablation.md", ablation_table(rows, preset))
     save_chart(out / "ablation.png", rows, t_interval, FULL)
+    full = {row.patient: row.values for row in rows if row.method == FULL}
+    differences = [
+        Row(row.method, row.patient, row.case, {m: v - full[row.patient][m] for m, v in row.values.items()})
+        for row in rows
+        if row.method != FULL
+    ]
+    save_chart(out / "ablation-differences.png", differences, t_interval, FULL, "the full network, seed by seed")
 
 
 def ablation_table(rows: Sequence[Row], preset: dict) -> str:
@@ -136,10 +144,12 @@ def ablation_table(rows: Sequence[Row], preset: dict) -> str:
             cells = [_cell(np.array([means[m][s] - values[FULL][m][s] for s in seeds]), "{:+.4f}") for m in metrics]
             paired.append(f"| {variant} | " + " | ".join(cells) + " |")
     words = "x".join(map(str, size))
+    over = f"one seed ({seeds[0]}), so no interval"
+    if len(seeds) > 1:
+        over = f"of these the mean over {len(seeds)} seeds ({', '.join(seeds)}) with its 95 % interval (Student's t)"
     return "\n".join(
         [
-            f"Mean over {len(seeds)} seeds ({', '.join(seeds)}) of the mean over the validation patients, with the 95 %"
-            f" interval over seeds (Student's t). Operations for a pair of {words}.",
+            f"Mean over the validation patients; {over}. Operations for a pair of {words}.",
             "",
             *whole,
             "",
@@ -157,5 +167,7 @@ def ablation_table(rows: Sequence[Row], preset: dict) -> str:
 
 def _cell(values: np.ndarray, form: str) -> str:
     low, high = t_interval(values)
+    if math.isnan(values.mean()):
+        return "–"  # not defined on these images
     text = form.format(values.mean())
     return text if math.isnan(low) else f"{text} ({form.format(low)} to {form.format(high)})"

@@ -223,6 +223,7 @@ def dry_run(preset: dict, data: Path, progress=None) -> tuple[str, list[str]]:
         f"{config.dimension}D, crops of {source.crop}, {source.batch} a step, {settings.steps} steps in"
         f" {settings.epochs} epochs"
     )
+    lines += [f"note: {sentence}" for sentence in _unnamed_patients(listing.cases)]
     lines += [f"left out: {sentence}" for sentence in listing.left_out]
     lines += [f"problem: {sentence}" for sentence in problems]
     return "\n".join(lines), problems
@@ -233,6 +234,17 @@ def _found(data: Path, listing: Listing) -> str:
         f"{data}: {len(listing.cases)} cases of {len(listing.patients)} patients, sources"
         f" {', '.join(f'{name} ({modality_of_name(name) or chr(63)})' for name in listing.sources)}"
     )
+
+
+def _unnamed_patients(cases: Sequence[Case]) -> list[str]:
+    """A sentence where slices of one patient might be split between training and validation."""
+    flat = all(path.parent.name == name for case in cases for name, path in case.paths.items())
+    if not flat or any(case.patient != case.name for case in cases):
+        return []
+    return [
+        "each file counts as a patient of its own; if some are slices of one patient, name them as p01_003 or 20013"
+        " (patients p01 and 20), or give a .csv table with a column patient"
+    ]
 
 
 # --------------------------------------------------------------------------------------------------- run
@@ -290,7 +302,10 @@ def train(preset: dict, name: str, data: Path, out: Path, resume: bool = False) 
     if rank_zero_only.rank:  # one process speaks for all
         logging.getLogger("ClinicalFMambaLib").setLevel(logging.ERROR)
     pl.seed_everything(settings.seed, workers=True, verbose=False)
-    training, validation = split_by_patient(find_cases(data, source.order), source.validation, settings.seed)
+    cases = find_cases(data, source.order)
+    for sentence in _unnamed_patients(cases):
+        logger.warning("%s", sentence)
+    training, validation = split_by_patient(cases, source.validation, settings.seed)
     logger.info("%d training and %d validation cases", len(training), len(validation))
     module = FusionModule(config, loss, settings.lr, settings.epochs * settings.steps_per_epoch, settings.warmup)
     module.run = {

@@ -69,6 +69,14 @@ class Reading(NodeTestCase):
         node = addVolume("A", np.zeros((16, 512, 512), np.float32))
         self.assertEqual(exhaust(volume_nodes.writeArray(node, self.path())), 4)
 
+    def test_a_full_disk_is_an_error_and_not_the_end(self):
+        if not Path("/dev/full").exists():
+            self.skipTest("no device that is always full on this system")
+        a, b = addVolume("A"), addVolume("B")
+        for generator in (volume_nodes.writeArray(a, "/dev/full"), volume_nodes.writeMovedArray(a, b, "/dev/full")):
+            with self.assertRaisesRegex(OSError, "No space left"):
+                exhaust(generator)
+
     def test_problems(self):
         empty = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", "nothing")
         self.assertIn("nothing) is empty", volume_nodes.problemOf(empty, "A"))
@@ -407,6 +415,34 @@ class Views(NodeTestCase):
             self.assertTrue(composite.GetLinkedControl())
         display.leaveComparison()
         self.assertEqual(slicer.app.layoutManager().layout, before)
+
+    def test_zoom_stays_on_what_is_looked_at(self):
+        manager = slicer.app.layoutManager()
+        if manager is None:
+            self.skipTest("no slice views without a main window")
+        a, b, fused, other = (addVolume(name) for name in ("A", "B", "fused", "other"))
+        fused.SetNodeReferenceID(result_nodes.VOLUME_A, a.GetID())
+        difference = addVolume("difference")
+        difference.SetNodeReferenceID(result_nodes.RESULT, fused.GetID())
+        red = manager.sliceWidget("Red").mrmlSliceNode()
+
+        def zoomed(show, *arguments):
+            red.SetFieldOfView(7, 5, 1)
+            show(*arguments)
+            return red.GetFieldOfView()[:2] == (7, 5)
+
+        display.showAlone(a)
+        self.assertTrue(zoomed(display.showAlone, fused))
+        self.assertTrue(zoomed(display.showAlone, fused))
+        self.assertTrue(zoomed(display.showOver, a, difference, 0.6))
+        self.assertFalse(zoomed(display.showAlone, other))
+        self.assertFalse(zoomed(display.showAlone, fused))
+        display.compare(a, fused, b)
+        view = manager.sliceWidget(display.COMPARE_VIEWS[1]).mrmlSliceNode()
+        view.SetFieldOfView(7, 5, 1)
+        display.compare(a, fused, b)
+        self.assertEqual(view.GetFieldOfView()[:2], (7, 5))
+        display.leaveComparison()
 
     def test_scene_that_was_saved_while_comparing(self):
         manager = slicer.app.layoutManager()

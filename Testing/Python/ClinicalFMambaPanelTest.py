@@ -24,13 +24,14 @@ from clinicalfmamba_selftest import (
     reloading,
     run,
     sampled,
+    showPanel,
     slowness,
     smooth,
     snapshot,
     spin,
     worldOf,
 )
-from ClinicalFMambaPanel import result_nodes
+from ClinicalFMambaPanel import display, result_nodes
 from ClinicalFMambaPanel.display import COMPARE_VIEWS
 from ClinicalFMambaPanel.logic import ClinicalFMambaLogic
 from ClinicalFMambaPanel.parameters import Device, Modality, Plane, Window
@@ -41,8 +42,8 @@ class PanelTestCase(unittest.TestCase):
     def setUp(self):
         self.logged = LoggedExceptions(self)
         slicer.mrmlScene.Clear()
-        slicer.util.selectModule("ClinicalFMamba")
-        self.panel = slicer.util.getModuleWidget("ClinicalFMamba")
+        display.leaveComparison()
+        self.panel = showPanel()
         self.ui = self.panel.ui
         self.take()
         self.p = self.panel._parameterNode
@@ -463,25 +464,37 @@ class Classifying(PanelTestCase):
         self.choose()
         self.fuse()
         self.assertTrue(self.ui.classifyCheckBox.enabled)
+        self.assertIn("Grade reading. Its AUC is 0.8.", self.ui.classifyCheckBox.toolTip)
+        self.assertIn("Not asked for", self.ui.classificationNoteLabel.text)
         self.ui.classifyCheckBox.checked = True
         self.assertEqual(self.panel.fuseArguments()["classify"], "auto")
-        event = {
-            "provenance": self.logic.results(self.p.fusedVolume).provenance,
-            "classification": {
-                "model": "grade",
-                "probabilities": [
-                    {"label": "low grade", "probability": 0.2},
-                    {"label": "high grade", "probability": 0.8},
-                ],
-                "note": "a guess",
-            },
-        }
-        result_nodes.putResults(self.p.fusedVolume, self.p.volumeA, self.p.volumeB, event)
-        self.panel._update()
+        self.fuse()
         table = self.ui.classificationTable
         rows = [(table.item(row, 0).text(), table.item(row, 1).text()) for row in range(table.rowCount)]
-        self.assertEqual(rows, [("low grade", "20.0 %"), ("high grade", "80.0 %")])
-        self.assertEqual(self.ui.classificationNoteLabel.text, "grade; a guess")
+        self.assertEqual(rows, [("low", "20.0 % (10 to 40 %)"), ("high", "80.0 % (60 to 90 %)")])
+        self.assertIn("a guess. Research use only", self.ui.classificationNoteLabel.text)
+        fused = self.p.fusedVolume
+        shown = {}
+        for role, className in (
+            (result_nodes.OCCLUSION, "vtkMRMLScalarVolumeNode"),
+            (result_nodes.REGION, "vtkMRMLLabelMapVolumeNode"),
+        ):
+            node = fused.GetNodeReference(role)
+            self.assertEqual(node.GetClassName(), className)
+            self.assertEqual(node.GetImageData().GetDimensions(), fused.GetImageData().GetDimensions())
+            shown[role] = slicer.util.arrayFromVolume(node)
+        self.assertEqual((shown[result_nodes.OCCLUSION].max(), shown[result_nodes.REGION].max()), (300, 1))
+        report = Path(slicer.app.temporaryPath) / "classified.html"
+        self.logic.saveReport(fused, report)
+        self.assertIn("80.0 % (60 to 90 %)", report.read_text(encoding="utf-8"))
+
+        self.p.volumeA.SetName("healthy head")
+        self.fuse()
+        self.assertTrue(table.isHidden())
+        self.assertIn("no reading: no tumour was found", self.ui.classificationNoteLabel.text)
+        self.assertIs(self.p.fusedVolume, fused)
+        self.assertIsNone(fused.GetNodeReference(result_nodes.OCCLUSION))
+        self.assertIsNone(fused.GetNodeReference(result_nodes.REGION))
 
 
 class Failing(PanelTestCase):
@@ -623,6 +636,23 @@ class Scenes(PanelTestCase):
         np.testing.assert_allclose([v for _n, v in results.metrics], [v for _n, v in metrics], rtol=1e-6)
         self.assertIs(self.logic.sources(p.fusedVolume)[0], p.volumeA)
         self.assertTrue(self.ui.compareButton.enabled)
+        self.assertTrue(self.ui.fuseButton.enabled, self.ui.fuseButton.toolTip)
+
+    def test_choices_survive_a_scene_that_is_added(self):
+        a, b = self.choose()
+        fused = self.fuse()
+        with tempfile.TemporaryDirectory() as folder:
+            scene = slicer.vtkMRMLScene()
+            scene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", "another")
+            scene.SetURL(str(Path(folder) / "added.mrml"))
+            self.assertTrue(scene.Commit())
+            slicer.mrmlScene.SetURL(scene.GetURL())
+            self.assertTrue(slicer.mrmlScene.Import())
+        p = self.panel._parameterNode
+        self.assertIsNotNone(slicer.mrmlScene.GetFirstNodeByName("another"))
+        self.assertEqual((p.volumeA, p.volumeB, p.fusedVolume), (a, b, fused))
+        for selector, node in ((self.ui.volumeASelector, a), (self.ui.volumeBSelector, b)):
+            self.assertIs(selector.currentNode(), node)
         self.assertTrue(self.ui.fuseButton.enabled, self.ui.fuseButton.toolTip)
 
     def test_scene_closed_while_running(self):

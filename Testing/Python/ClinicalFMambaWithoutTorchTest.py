@@ -6,7 +6,7 @@ import sys
 import unittest
 
 import slicer
-from clinicalfmamba_selftest import addVolume, run, snapshot
+from clinicalfmamba_selftest import addVolume, run, showPanel, snapshot
 from ClinicalFMambaPanel.logic import ClinicalFMambaLogic, FusionError
 
 
@@ -22,8 +22,7 @@ def hasTorch():
 class WithoutTorch(unittest.TestCase):
     def setUp(self):
         slicer.mrmlScene.Clear()
-        slicer.util.selectModule("ClinicalFMamba")
-        self.panel = slicer.util.getModuleWidget("ClinicalFMamba")
+        self.panel = showPanel()
         self.ui = self.panel.ui
         self.p = self.panel._parameterNode
         self.p.volumeA, self.p.volumeB = addVolume("T1"), addVolume("CT", seed=1)

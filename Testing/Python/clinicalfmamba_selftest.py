@@ -35,6 +35,14 @@ def spin(until=lambda: False, seconds=SECONDS):
         time.sleep(0.002)
 
 
+def showPanel():
+    """The module's panel, in front; the test is skipped where a Slicer was started without its main window."""
+    if slicer.util.mainWindow() is None:
+        raise unittest.SkipTest("there is no panel without the main window")
+    slicer.util.selectModule("ClinicalFMamba")
+    return slicer.util.getModuleWidget("ClinicalFMamba")
+
+
 def fakeWorker(*arguments):
     """A worker command for the logic: the worker's own protocol, an engine without torch."""
     from ClinicalFMambaPanel.process import pythonExecutable

@@ -48,3 +48,78 @@ def write_pairs():
         return folder
 
     return write
+
+
+class AveragingEngine:
+    """Stands for the fusion engine where a test is not about fusion: the fused image is the mean of the sources."""
+
+    def fuse(self, a, b, options=None, progress=None, cancelled=None):
+        from types import SimpleNamespace
+
+        return SimpleNamespace(fused=((a.array + b.array) / 2).astype("float32"))
+
+
+@pytest.fixture
+def averaging_engine() -> AveragingEngine:
+    return AveragingEngine()
+
+
+@pytest.fixture(scope="session")
+def make_pair():
+    """A function that makes a skull-stripped head with a tumour: {"t1ce": Volume, "flair": Volume}, 2 mm voxels.
+
+    ``grade`` is the enhancing share of the tumour, ``radius`` its size in mm (0 for none), ``side`` its place in mm to
+    the left.
+    """
+    import numpy as np
+
+    from ClinicalFMambaLib.volumes import Volume
+
+    def make(seed=0, grade=0.5, radius=22.0, side=30.0, spacing=2.0):
+        rng = np.random.default_rng(seed)
+        shape = np.array([156, 190, 150]) / spacing
+        axes = [(np.arange(int(n)) - (int(n) - 1) / 2) * spacing for n in shape]
+        z, y, x = np.meshgrid(*axes, indexing="ij")
+        distance = np.sqrt((z / 62) ** 2 + (y / 78) ** 2 + (x / 64) ** 2)
+        brain = distance < 1
+        t1ce = 90 + rng.normal(0, 6, brain.shape)
+        flair = 80 + rng.normal(0, 6, brain.shape)
+        if radius:
+            far = np.sqrt((z - 10) ** 2 + y**2 + (x - side) ** 2)
+            tumour, enhancing = far < radius, far < radius * grade ** (1 / 3)
+            flair[tumour] += 40
+            t1ce[tumour] -= 20
+            t1ce[enhancing] += 90
+        arrays = {
+            name: np.where(brain, np.clip(image, 1, 255), 0).astype(np.uint8)
+            for name, image in (("t1ce", t1ce), ("flair", flair))
+        }
+        origin = tuple(float(axis[0]) for axis in axes[::-1])
+        return {
+            name: Volume(array, (spacing,) * 3, origin, name=f"p{seed}_{name}", modality="MR")
+            for name, array in arrays.items()
+        }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def classifier_file(make_pair, tmp_path_factory):
+    """It calls a tumour high grade where much of it enhances, and knows brains of the size of ``make_pair``'s only."""
+    import numpy as np
+
+    from ClinicalFMambaLib.inference.tumour_features import Reading, domain_features, domain_names, feature_names
+    from ClinicalFMambaLib.inference.tumour_region import find_region, standardise
+    from ClinicalFMambaLib.models.classifier import Classifier, ClassifierInfo, Domain, FeatureModel, save_classifier
+
+    inputs = ("t1ce", "average")
+    names = feature_names(inputs)
+    weights = np.zeros((21, len(names)))
+    weights[:, names.index("t1ce.bright")] = np.linspace(6, 10, 21)[[10, *range(10), *range(11, 21)]]
+    model = FeatureModel(inputs, np.zeros(len(names)), np.ones(len(names)), weights, np.full(21, -2.0))
+    brain = standardise(make_pair())
+    known = domain_features(Reading.of(brain, brain.images["t1ce"], find_region(brain)))
+    litres = np.array([name == "brain_litres" for name in domain_names()], float)
+    domain = Domain(known, np.diag(litres / 0.1**2), 4.0)
+    info = ClassifierInfo("toy", "features", inputs, patients={"LGG": 9, "HGG": 8}, sites=3, evidence="A test.")
+    return str(save_classifier(Classifier(info, model, domain), tmp_path_factory.mktemp("toy") / "toy.safetensors"))

@@ -134,6 +134,21 @@ def test_train_evaluate_score(run, data, tmp_path):
     assert set(row) > {"FSIM", "FMI", "QABF", "VIF", "NABF"}
 
 
+def test_a_reader_study_from_pictures_to_ratings(run, data, weights, tmp_path):
+    arguments = ["--model", weights, "--data", data, "-o", tmp_path / "ev", "--metrics", "SSIM", "--readers", 3]
+    assert run("evaluate", *arguments)[0] == 0
+    folder = tmp_path / "ev" / "reader-study"
+    blank = folder / "ratings.csv"
+    key = tmp_path / "ev" / "reader-study-key.csv"
+    blank.write_text(blank.read_text().replace(",,,,,,,", ",me,3,3,3,3,4,"))
+    status, stdout, _ = run("ratings", key, blank)
+    assert status == 0 and "| overall | 4.00 | 4.00 | +0.00 | +0.00 to +0.00 |" in stdout and NOTICE in stdout
+    status, _, stderr = run("ratings", key, key)
+    assert (status, len(stderr.splitlines())) == (2, 1) and "is missing" in stderr
+    status, _, stderr = run("evaluate", *arguments)
+    assert status == 2 and "already holds a reader study" in stderr
+
+
 def test_a_model_measures_other_modalities(run, weights, tmp_path):
     rng = np.random.default_rng(0)
     for name in ("1001", "2001"):

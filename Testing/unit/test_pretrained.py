@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from ClinicalFMambaLib import pretrained
 from ClinicalFMambaLib.config import ModelConfig
 from ClinicalFMambaLib.errors import OutputError, WeightsError
+from ClinicalFMambaLib.inference.classify import open_classifier, read_classifiers
 from ClinicalFMambaLib.models.clinicalfmamba import ClinicalFMamba
 
 CONFIG = ModelConfig(channels=(4, 4, 8), mamba_layers=1)
@@ -143,6 +144,11 @@ def test_index_of_the_package_agrees_with_its_files():
         model, _ = pretrained.load_model(path)
         assert (found, model.config.dimension) == (name, entry["dimension"])
         assert path.with_suffix(".md").is_file(), f"{name} has no model card"
-    assert {p.name for p in pretrained.FOLDER.glob("*.safetensors")} == {
-        entry["file"] for entry in pretrained.read_index().values()
-    }
+    classifiers = read_classifiers()
+    for name, entry in classifiers.items():
+        info = open_classifier(name).info  # checks the checksum, and that its fusion weights are the bundled ones
+        assert (info.name, info.verdict, info.evidence) == (name, entry["verdict"], entry["evidence"])
+        card = (pretrained.FOLDER / entry["card"]).read_text(encoding="utf-8")
+        assert entry["sha256"] in card and info.evidence in card
+    listed = [entry["file"] for entry in (*pretrained.read_index().values(), *classifiers.values())]
+    assert {p.name for p in pretrained.FOLDER.glob("*.safetensors")} == set(listed)

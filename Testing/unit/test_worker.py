@@ -165,6 +165,78 @@ def test_classification_is_refused_at_once_without_a_classifier(panel, engine, f
     assert engine.calls == []
 
 
+@pytest.fixture
+def reading(monkeypatch):
+    """The classifier replaced; what it was asked, and what it answers or raises."""
+    from ClinicalFMambaLib.inference import classify as module
+
+    class Fake:
+        calls, error, abstention = [], None, ""
+
+        def __call__(self, engine, a, b, choice, *, device, progress, cancelled):
+            self.calls.append((a.name, b.name, choice))
+            progress("classifying", 0.7)
+            if self.error is not None:
+                raise self.error
+            if self.abstention:
+                return module.Classification("grade", "experimental", abstention=self.abstention, note="a note")
+            probabilities = (("LGG", 0.25, 0.1, 0.4), ("HGG", 0.75, 0.6, 0.9))
+            drop = replace(a, array=np.full(a.shape, 7, np.int16))
+            return module.Classification("grade", "experimental", probabilities, note="a note", occlusion=drop)
+
+    fake = Fake()
+    fake.calls = []
+    monkeypatch.setattr(module, "classify", fake)
+    monkeypatch.setattr(module, "open_classifier", lambda choice: None)
+    return fake
+
+
+@pytest.fixture
+def classifying(engine):
+    bundled = {"name": "grade", "labels": ["LGG", "HGG"], "verdict": "experimental", "evidence": ""}
+    panel = Panel(engine, Setup(engine, "2.0", {"name": "cpu", "reason": ""}, classifiers=(bundled,)))
+    yield panel
+    panel.close()
+    panel.join()
+
+
+def test_classification(classifying, reading, fuse, tmp_path):
+    classifying.send(fuse(classify="auto", metrics=False))
+    found = classifying.wait(*END)["classification"]
+    assert reading.calls == [("A", "B", "auto")]
+    assert found["probabilities"][1] == {"label": "HGG", "probability": 0.75, "low": 0.6, "high": 0.9}
+    assert found["text"] == "LGG 25 % (10 to 40), HGG 75 % (60 to 90)"
+    assert (found["model"], found["note"], found["region"]) == ("grade", "a note", None)
+    assert np.load(found["occlusion"]).dtype == np.int16
+    fractions = [event["fraction"] for event in classifying.seen if event["event"] == "progress"]
+    assert fractions == sorted(fractions)
+    assert any(event.get("stage") == "classifying" for event in classifying.seen)
+
+
+def test_an_abstention_and_a_failure_leave_the_fusion_as_it_is(classifying, reading, fuse):
+    reading.abstention = "no tumour was found"
+    classifying.send(fuse("1", classify="auto"))
+    found = classifying.wait(*END)
+    assert found["event"] == "result" and Path(found["output"]).is_file()
+    assert found["classification"]["text"] == "no reading: no tumour was found"
+    assert found["classification"]["probabilities"] == [] and found["classification"]["occlusion"] is None
+    reading.abstention, reading.error = "", RuntimeError("boom")
+    classifying.send(fuse("2", classify="auto"))
+    found = classifying.wait(*END)
+    assert found["event"] == "result"
+    assert "no reading: RuntimeError: boom" in found["classification"]["text"]
+
+
+def test_a_choice_that_is_no_text_is_refused(classifying, engine, fuse):
+    classifying.send(fuse(classify=["auto"]))
+    error = classifying.wait(*END)
+    assert (error["event"], error["kind"]) == ("error", "InputError")
+    classifying.send(fuse("2", classify="gone.safetensors"))
+    error = classifying.wait(*END)
+    assert (error["event"], error["kind"]) == ("error", "WeightsError")
+    assert engine.calls == []
+
+
 def test_progress_and_result(panel, engine, fuse, tmp_path):
     request = fuse("7", options={"plane": "coronal", "window_a": [0, 800], "max_memory_gib": 2, "resample": True})
     panel.send(request)

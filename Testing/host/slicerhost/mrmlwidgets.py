@@ -323,6 +323,12 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):
         self._drop_node_observers()
         self._rebuild()
 
+    def _scene_imported(self, _):
+        """qMRMLSceneModel::updateScene removes the rows of all nodes, the current one's, too, and makes them anew."""
+        if self._d.noneEnabled and self.currentNode() is not None:
+            self._d.combo.setCurrentIndex(0)
+        self._scene_updated(_)
+
     def _drop_node_observers(self):
         for node, tag in self._d.nodeTags.values():
             unobserve(node, tag)
@@ -345,7 +351,7 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):
                 observe(self, scene, kind.NodeAddedEvent, "_node_added"),
                 observe(self, scene, kind.NodeAboutToBeRemovedEvent, "_node_removed"),
                 observe(self, scene, kind.EndCloseEvent, "_scene_updated"),
-                observe(self, scene, kind.EndImportEvent, "_scene_updated"),
+                observe(self, scene, kind.EndImportEvent, "_scene_imported"),
             ]
         wanted = before
         if not had_nodes and d.requestedNode is not None:

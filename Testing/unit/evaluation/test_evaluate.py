@@ -57,11 +57,14 @@ def test_model_and_baselines_are_measured_on_the_same_images(pairs, weights):
     assert rows[0].values == evaluate_all(kept[0].fused[MODEL], a, b, FEW)
 
 
-def test_scoring_the_written_images_gives_the_same_numbers(pairs, weights, tmp_path):
+@pytest.mark.parametrize("data", ["pairs", "colour_pairs"])
+def test_scoring_the_written_images_gives_the_same_numbers(data, request, weights, tmp_path):
+    """Of colour, too: the luma of what a user sees is what was fused."""
+
     def keep(measured):
         write_volume(measured.result.volume, tmp_path / f"{measured.case.name}.png")
 
-    cases = find_cases(pairs)
+    cases = find_cases(request.getfixturevalue(data))
     rows = evaluate(FusionEngine("cpu"), str(weights), cases, (), (), FEW, keep, jobs=1)
     again = score(tmp_path, cases, (), FEW, jobs=1)
     assert [row.case for row in again] == [row.case for row in rows]
@@ -214,6 +217,12 @@ def test_two_patients_have_no_interval():
 def test_markdown_marks_the_best_fusion_in_its_direction():
     text = markdown_table(summarise(ROWS), ["SSIM", "NABF"]).splitlines()
     assert text[2].count("**") == 4 and "**" not in text[3] and "**" not in text[4]
+
+
+def test_what_is_not_defined_is_a_dash():
+    rows = [replace(row, values={**row.values, "VIF": math.nan}) for row in ROWS]
+    text = markdown_table(summarise(rows), ["SSIM", "VIF"])
+    assert text.count("| – |") == 3 and "nan" not in text
 
 
 def test_tables_on_disk(tmp_path):

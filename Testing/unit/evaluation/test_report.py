@@ -15,7 +15,7 @@ from PIL import Image
 from ClinicalFMambaLib import NOTICE, pretrained
 from ClinicalFMambaLib.cases import find_cases
 from ClinicalFMambaLib.evaluation.evaluate import MODEL, Row, summarise
-from ClinicalFMambaLib.evaluation.pictures import detail_box, difference_colours
+from ClinicalFMambaLib.evaluation.pictures import _framed, detail_box, difference_colours
 from ClinicalFMambaLib.evaluation.report import evaluate_data, findings, mean_ranks, trivial_winners
 from ClinicalFMambaLib.inference.engine import FusionEngine
 
@@ -187,3 +187,16 @@ def test_the_detail_lies_where_both_sources_have_structure():
 def test_difference_colours():
     orange, black, blue = difference_colours(np.array([0.5, 0.0, -0.5]))
     assert orange[0] == 255 and orange[2] == 0 and not black.any() and blue[2] == 255 and blue[0] == 0
+
+
+@pytest.mark.parametrize(
+    "box", [(slice(0, 4), slice(12, 16)), (slice(5, 9), slice(3, 7)), (slice(12, 16), slice(0, 4))]
+)
+@pytest.mark.parametrize("grey", [0, 255])
+def test_the_frame_shows_on_any_picture(box, grey):
+    framed = _framed(np.full((32, 32), grey, np.uint8), (16, 16), box).astype(int)
+    yellow = (framed == (255, 210, 0)).all(-1)
+    rows_, columns = np.nonzero(yellow)
+    assert (rows_.min(), rows_.max() + 1) == (2 * box[0].start, 2 * box[0].stop)
+    assert (columns.min(), columns.max() + 1) == (2 * box[1].start, 2 * box[1].stop)
+    assert yellow.sum() == 4 * 7 and (framed[~yellow] == 0).any()

@@ -23,3 +23,20 @@ def test_grey_has_no_chroma_and_keeps_its_value(grey):
 @pytest.mark.parametrize("rgb, expected", [((255, 0, 0), 0.299), ((0, 255, 0), 0.587), ((0, 0, 255), 0.114)])
 def test_luma_weights_are_those_of_bt601(rgb, expected):
     assert luma(np.array([rgb], np.uint8))[0] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_colour_that_rgb_does_not_hold_keeps_its_luma_and_hue():
+    rng = np.random.default_rng(0)
+    chroma = rgb_to_ycbcr(rng.integers(0, 256, (2000, 3), dtype=np.uint8))[:, 1:]
+    y = rng.random((2000, 1), np.float32)
+    rgb = ycbcr_to_rgb(np.concatenate([y, chroma], -1))
+    back = rgb_to_ycbcr(rgb)
+    np.testing.assert_allclose(back[:, :1], y, atol=0.5 / 255 + 1e-4)
+    share = (back[:, 1:] * chroma).sum(-1) / (chroma**2).sum(-1)
+    np.testing.assert_allclose(back[:, 1:], share[:, None] * chroma, atol=0.005)
+    assert share.max() < 1.05 and share.min() > -0.05 and (share < 0.9).any()
+
+
+@pytest.mark.parametrize(("y", "expected"), [(0.0, 0), (1.0, 255), (1.2, 255), (-0.1, 0)])
+def test_black_and_white_have_no_colour(y, expected):
+    assert (ycbcr_to_rgb(np.array([y, 0.3, -0.2], np.float32)) == expected).all()

@@ -68,7 +68,8 @@ def test_files(done):
     with open(out / "ablation.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 6 and float(lines[0]["SSIM"]) == pytest.approx(rows[0].values["SSIM"], rel=1e-4)
-    assert (out / "ablation.png").read_bytes()[:4] == b"\x89PNG"
+    for name in ("ablation.png", "ablation-differences.png"):
+        assert (out / name).read_bytes()[:4] == b"\x89PNG"
     assert NOTICE in (out / "ablation.md").read_text()
 
 
@@ -123,3 +124,9 @@ def test_differences_are_paired_by_seed():
     text = ablation_table(rows, load_preset("mri-ct-2d"))
     assert "| without CMCA | -0.0200 (-0.0200 to -0.0200) |" in text
     assert "| full | 2.88 M | 12.8 |" in text and "0.600 (0.352 to 0.848) |" in text
+
+
+def test_a_table_of_one_seed_claims_no_interval():
+    rows = [Row(variant, "1", "validation", {"SSIM": 0.5, "VIF": math.nan}) for variant in ("full", "without CMCA")]
+    text = ablation_table(rows, load_preset("mri-ct-2d"))
+    assert "one seed (1), so no interval" in text and "| +0.0000 | – |" in text and "nan" not in text

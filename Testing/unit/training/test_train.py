@@ -238,6 +238,29 @@ def test_the_schedule_is_a_warm_up_and_a_cosine():
     assert module.learning_rate(60) == pytest.approx(1e-6)
 
 
+def test_the_exported_weights_are_the_averaged_ones(data, whole, tmp_path):
+    def both(out):
+        state = checkpoint(out)
+        names = [name for name in state["state_dict"] if name.endswith("out_proj.weight")]
+        return [torch.cat([state[k][name].flatten() for name in names]) for k in ("state_dict", "current_model_state")]
+
+    averaged, last = both(whole.parent)
+    assert not torch.equal(averaged, last)
+    exported = load_model(whole)[0].state_dict()
+    for name, value in checkpoint(whole.parent)["state_dict"].items():
+        if name.startswith("model."):
+            assert torch.equal(exported[name.removeprefix("model.")].half(), value.half()), name
+    run(data, tmp_path, 3, False, "training.ema=0")
+    assert torch.equal(*both(tmp_path))
+
+
+def test_mixed_precision(data, tmp_path):
+    run(data, tmp_path, 3, False, "training.precision=bf16-mixed")
+    state = checkpoint(tmp_path)
+    assert all(value.isfinite().all() for value in state["state_dict"].values())
+    assert all(value.dtype != torch.bfloat16 for value in state["state_dict"].values())
+
+
 def test_a_run_is_not_overwritten(data, whole):
     with pytest.raises(InputError, match="--resume"):
         run(data, whole.parent)
@@ -293,6 +316,14 @@ def test_dry_run_lists_what_was_found(data):
         "3500 steps",
     ):
         assert words in text
+
+
+@pytest.mark.parametrize(
+    ("names", "told"), [(("a", "b"), True), (("1001", "2001"), False), (("p1_01", "p2_01"), False)]
+)
+def test_files_that_name_no_patient_are_pointed_out(write_pairs, tmp_path, names, told):
+    text, problems = dry_run(load_preset("mri-ct-2d"), write_pairs(tmp_path, names))
+    assert ("counts as a patient of its own" in text) == told and not problems
 
 
 def test_dry_run_lists_all_that_is_wrong(tmp_path):

@@ -4,6 +4,7 @@ import enum
 import gc
 import pathlib
 import sys
+import tempfile
 import unittest
 from typing import Annotated
 
@@ -48,6 +49,22 @@ class Selector(unittest.TestCase):
         self.assertIsNone(s.currentNode())
         s.setMRMLScene(slicer.mrmlScene)
         self.assertIs(s.currentNode(), v)
+
+    def test_adding_a_scene_forgets_the_current_node(self):
+        a = volume("A")
+        s = selector(noneEnabled=True)
+        s.setCurrentNode(a)
+        got = []
+        s.currentNodeChanged.connect(got.append)
+        with tempfile.TemporaryDirectory() as folder:
+            other = slicer.vtkMRMLScene()
+            other.AddNewNodeByClass("vtkMRMLScalarVolumeNode", "B")
+            other.SetURL(folder + "/other.mrml")
+            other.Commit()
+            slicer.mrmlScene.SetURL(folder + "/other.mrml")
+            slicer.mrmlScene.Import()
+        self.assertIsNone(s.currentNode())
+        self.assertEqual((got, s.nodeCount()), ([None], 2))
 
     def test_removing_the_current_node_selects_the_row_above(self):
         a, b = volume("A"), volume("B")

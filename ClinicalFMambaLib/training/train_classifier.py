@@ -1,0 +1,568 @@
+"""Train and judge a tumour classifier: nested cross-validation by patient and site, control, calibration, export."""
+
+from __future__ import annotations
+
+import csv
+import importlib.resources
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import yaml
+from sklearn.covariance import LedoitWolf
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from sklearn.model_selection import LeaveOneGroupOut, StratifiedKFold
+from sklearn.utils.class_weight import compute_sample_weight
+
+from ..errors import InputError
+from ..files import replacing, write_text
+from ..inference.classify import classify
+from ..inference.engine import FusionEngine
+from ..inference.tumour_features import Reading, domain_features, features
+from ..inference.tumour_region import find_region, is_cut
+from ..models.classifier import KINDS, Classifier, ClassifierInfo, Domain, FeatureModel, Model, save_classifier
+from ..phantom import make_phantom
+from ..pretrained import read_index
+from ..volumes import read_volume
+from .classifier_data import Patient, list_patients, load_patient
+from .train import _options, rank_zero_only
+
+logger = logging.getLogger(__name__)
+
+DRAWS = 2000
+PHANTOMS = 5
+# A fusion of plain averaging, each source, both sources: what the fused image has to beat.
+BASELINES = (("t1ce",), ("flair",), ("average",), ("fused",), ("t1ce", "flair"))
+# Share of the training patients' own left-out distances beyond which a case counts as unknown.
+KNOWN = 95.0
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Section ``model`` of a preset; see :class:`..models.classifier.ClassifierInfo`.
+
+    Attributes:
+        baselines: inputs of the other models that are judged in the same run, lists of images.
+    """
+
+    kind: str = "features"
+    inputs: list = field(default_factory=lambda: ["t1ce", "flair", "fused"])
+    crop: int = 48
+    baselines: list = field(default_factory=lambda: [list(names) for names in BASELINES])
+
+    def __post_init__(self):
+        for names in (self.inputs, *self.baselines):
+            ClassifierInfo("", self.kind, tuple(names), self.crop)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Section ``data`` of a preset.
+
+    Attributes:
+        sources: names of T1ce and FLAIR in the case folders, in this order.
+        table: CSV with the columns case, grade, site; relative to the data folder, or absolute.
+        labels: the two grades.
+        segmentation: name of the readers' segmentation in the case folders, ``""`` for none.
+        fusion: bundled fusion model that makes the fused images.
+        negatives: CSV with the columns name, t1ce, flair of volumes without glioma; ``""`` for none.
+    """
+
+    sources: list = field(default_factory=lambda: ["t1ce", "flair"])
+    table: str = "patients.csv"
+    labels: list = field(default_factory=lambda: ["LGG", "HGG"])
+    segmentation: str = "seg"
+    fusion: str = "mri-mri-3d"
+    negatives: str = ""
+
+    def __post_init__(self):
+        if len(self.sources) != 2 or len(self.labels) != 2:
+            raise InputError("data.sources and data.labels need two names each")
+        if self.fusion not in read_index():
+            raise InputError(f"data.fusion={self.fusion} is no bundled model; there are {', '.join(read_index())}")
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Section ``training`` of a preset.
+
+    Attributes:
+        seeds: one repetition of the cross-validation by patient for each.
+        folds: of the outer and of the inner cross-validation by patient.
+        schemes: ``leave-one-site-out`` and ``by-patient``, or one of them.
+        members: bootstrap samples, or networks, of the exported classifier.
+        penalties: inverse L2 penalties among which the inner folds choose, for ``features``.
+        gamma: of the focal loss (Lin et al., ICCV 2017); lr, weight_decay: of AdamW; batch: patients of a step;
+            epochs: at most; patience: epochs without a better validation loss before the training stops;
+            validation: share of the training patients held back for that; precision: of Lightning.
+    """
+
+    seeds: list = field(default_factory=lambda: [0, 1, 2])
+    folds: int = 5
+    schemes: list = field(default_factory=lambda: ["leave-one-site-out", "by-patient"])
+    members: int = 200
+    penalties: list = field(default_factory=lambda: [0.003, 0.01, 0.03, 0.1, 0.3])
+    gamma: float = 2.0
+    lr: float = 1e-4
+    weight_decay: float = 1e-2
+    batch: int = 8
+    epochs: int = 60
+    patience: int = 10
+    validation: float = 0.2
+    precision: str = "32-true"
+
+    def __post_init__(self):
+        known = ("leave-one-site-out", "by-patient")
+        if not self.schemes or any(scheme not in known for scheme in self.schemes):
+            raise InputError(f"training.schemes={self.schemes} should name {' and '.join(known)}")
+        if self.folds < 2 or self.members < 1 or not self.seeds or not self.penalties:
+            raise InputError("training.folds must be 2 or more, members 1 or more, seeds and penalties not empty")
+        if min(self.lr, self.batch, self.epochs, self.patience) <= 0 or not 0 < self.validation < 1:
+            raise InputError("training.lr, batch, epochs, patience must be positive, validation between 0 and 1")
+
+
+SECTIONS = {"model": ModelOptions, "data": DataOptions, "training": TrainingOptions}
+
+
+def list_presets() -> list[str]:
+    """Names of the presets that come with the package."""
+    folder = importlib.resources.files(__package__) / "classifier_presets"
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def load_preset(name: str, overrides: Sequence[str] = ()) -> dict:
+    """A preset by name, or from a path that ends with .yaml, with ``section.key=value`` overrides.
+
+    Besides :data:`SECTIONS` there is ``trainer``, options of Lightning's Trainer for the networks, and ``card``, what
+    the model card says beside what was measured.
+
+    Raises:
+        InputError: no such preset, section or key, a value of the wrong kind, or text that is not YAML.
+    """
+    bundled = importlib.resources.files(__package__) / "classifier_presets" / f"{name}.yaml"
+    path = Path(name) if name.endswith(".yaml") else bundled
+    if not path.is_file():
+        raise InputError(f"unknown preset {name!r}; known: {', '.join(list_presets())}, or the path of a .yaml file")
+    known = [*SECTIONS, "trainer", "card"]
+    try:
+        preset = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(preset, dict) or not all(isinstance(section, dict) for section in preset.values()):
+            raise InputError(f"{name} should hold the sections {', '.join(known)}, each with keys and values")
+        if unknown := sorted(set(preset) - set(known)):
+            raise InputError(f"{name} has an unknown section {unknown[0]!r}; known: {', '.join(known)}")
+        for section in known:
+            preset.setdefault(section, {})
+        for override in overrides:
+            key, _, value = override.partition("=")
+            section, _, key = key.strip().partition(".")
+            if not value or section not in preset or not key:
+                raise InputError(f"override {override!r} should read section.key=value; sections: {', '.join(known)}")
+            preset[section][key] = yaml.safe_load(value)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
+    read_preset(preset)
+    return preset
+
+
+def read_preset(preset: dict) -> tuple[ModelOptions, DataOptions, TrainingOptions]:
+    """The sections of a preset, checked; raises :class:`InputError`."""
+    return tuple(_options(cls, section, preset[section]) for section, cls in SECTIONS.items())
+
+
+# ---------------------------------------------------------------------------------------------- one model
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A model trained on some patients, and its calibration.
+
+    Attributes:
+        slope, intercept: of the logit, for patients of whom half have each label.
+        prior: logarithm of the odds of the second label among the training patients.
+    """
+
+    model: Model
+    slope: float
+    intercept: float
+    prior: float
+
+    def score(self, reading: Reading) -> float:
+        """Calibrated logit without the prior, so that folds of different prevalence can be ranked together."""
+        return self.slope * float(self.model.logits(reading)[0]) + self.intercept
+
+
+Fit = Callable[[Sequence[Reading], np.ndarray, int, int], Fitted]
+
+
+def fit_features(
+    readings: Sequence[Reading], labels: np.ndarray, inputs: tuple[str, ...], settings: TrainingOptions, seed: int,
+    members: int = 1,
+) -> Fitted:  # fmt: skip
+    """Logistic regression whose penalty and calibration come from inner folds of these patients alone.
+
+    Args:
+        members: the fit on all patients, then this many less one on bootstrap samples of them.
+    """
+    x = np.array([features(reading, inputs) for reading in readings])
+    folds = _folds(labels, settings.folds, seed)
+    outside = {penalty: np.zeros(len(labels)) for penalty in settings.penalties}
+    for train, test in folds:
+        for penalty, logits in outside.items():
+            mean, scale = _standard(x[train])
+            logits[test] = _logistic(x[train], labels[train], mean, scale, penalty).decision_function(
+                (x[test] - mean) / scale
+            )
+    weights = compute_sample_weight("balanced", labels)
+    losses = {p: log_loss(labels, _sigmoid(z), sample_weight=weights) for p, z in outside.items()}
+    best = min(losses, key=losses.get)
+    mean, scale = _standard(x)
+    samples = [np.arange(len(labels))]
+    rng = np.random.default_rng(seed)
+    groups = [np.flatnonzero(labels == k) for k in (0, 1)]
+    samples += [np.concatenate([rng.choice(g, len(g)) for g in groups]) for _ in range(members - 1)]
+    fits = [_logistic(x[s], labels[s], mean, scale, best) for s in samples]
+    model = FeatureModel(
+        tuple(inputs), mean, scale, np.array([f.coef_[0] for f in fits]), np.array([f.intercept_[0] for f in fits])
+    )
+    return Fitted(model, *calibrate(outside[best], labels), prior_of(labels))
+
+
+def _standard(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return x.mean(0), np.maximum(x.std(0), 1e-6)
+
+
+def _logistic(x, labels, mean, scale, penalty: float) -> LogisticRegression:
+    return LogisticRegression(C=penalty, class_weight="balanced", max_iter=1000).fit((x - mean) / scale, labels)
+
+
+def calibrate(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Slope and intercept for logits of patients that the model has not seen, both labels weighing the same.
+
+    A slope below zero means that nothing was learned; it becomes 0, and every patient the same.
+
+    Source: Platt, Advances in Large Margin Classifiers, 1999; with a weak L2 penalty, which few patients need.
+    """
+    spread = max(float(np.std(logits)), 1e-6)
+    fit = LogisticRegression(C=1.0, class_weight="balanced").fit(logits[:, None] / spread, labels)
+    slope = float(fit.coef_[0, 0]) / spread
+    return (slope, float(fit.intercept_[0])) if slope > 0 else (0.0, 0.0)
+
+
+def prior_of(labels: np.ndarray) -> float:
+    return float(np.log(max(1, (labels == 1).sum()) / max(1, (labels == 0).sum())))
+
+
+def _sigmoid(z):
+    return 1 / (1 + np.exp(-np.clip(z, -50, 50)))
+
+
+def _folds(labels: np.ndarray, count: int, seed: int):
+    count = min(count, int(np.bincount(labels, minlength=2).min()))
+    if count < 2:
+        raise InputError("a fold has a single patient of one grade; use more patients or fewer folds")
+    return list(StratifiedKFold(count, shuffle=True, random_state=seed).split(labels, labels))
+
+
+# --------------------------------------------------------------------------------------- cross-validation
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Held-out predictions of one model under one scheme.
+
+    Attributes:
+        scores, probabilities: (seeds, patients).
+    """
+
+    scores: np.ndarray
+    probabilities: np.ndarray
+    labels: np.ndarray
+
+    def auc(self, sample=slice(None)) -> float:
+        """Mean over the seeds."""
+        return float(np.mean([area_under_curve(s[sample], self.labels[sample]) for s in self.scores]))
+
+    def summary(self, draws: Sequence[np.ndarray]) -> dict:
+        """AUC, F1, ECE and Brier score, means over the seeds, each with a 95 % bootstrap interval over patients."""
+        found = {}
+        for name, measure in (("auc", self.auc), ("f1", self._f1), ("ece", self._ece), ("brier", self._brier)):
+            low, high = np.percentile([measure(sample) for sample in draws], (2.5, 97.5))
+            found[name] = {"mean": measure(slice(None)), "low": float(low), "high": float(high)}
+        return found
+
+    def _f1(self, sample) -> float:
+        return float(np.mean([f1(p[sample] >= 0.5, self.labels[sample]) for p in self.probabilities]))
+
+    def _ece(self, sample) -> float:
+        return float(np.mean([calibration_error(p[sample], self.labels[sample]) for p in self.probabilities]))
+
+    def _brier(self, sample) -> float:
+        return float(np.mean([(p[sample] - self.labels[sample]) ** 2 for p in self.probabilities]))
+
+
+def area_under_curve(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Area under the ROC: how often a patient with the second label has the higher score, ties counting half.
+
+    Scikit-learn's takes fifty times longer, which the bootstrap cannot afford; checked against it in a test.
+    """
+    others, own = np.sort(scores[labels == 0]), scores[labels == 1]
+    below, not_above = (np.searchsorted(others, own, side) for side in ("left", "right"))
+    return float((below + not_above).mean() / 2 / len(others))
+
+
+def f1(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """F1 score of the second label; checked against scikit-learn in a test."""
+    right = int((predicted & (labels == 1)).sum())
+    return 2 * right / max(1, int(predicted.sum()) + int((labels == 1).sum()))
+
+
+def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 5) -> float:
+    """Expected calibration error in bins of equal width (Guo et al., ICML 2017); checked against torchmetrics."""
+    index = np.minimum((probabilities * bins).astype(int), bins - 1)
+    error = 0.0
+    for k in np.unique(index):
+        inside = index == k
+        error += inside.mean() * abs(probabilities[inside].mean() - labels[inside].mean())
+    return float(error)
+
+
+def cross_validate(fit: Fit, readings, labels, sites, scheme: str, settings: TrainingOptions) -> Judged:
+    """Predict each patient by a model that has not seen it, nor, leaving sites out, any of its hospital."""
+    scores, probabilities = [], []
+    for seed in settings.seeds:
+        if scheme == "leave-one-site-out":
+            folds = list(LeaveOneGroupOut().split(labels, labels, sites))
+        else:
+            folds = _folds(labels, settings.folds, seed)
+        score, probability = np.zeros(len(labels)), np.zeros(len(labels))
+        for train, test in folds:
+            fitted = fit([readings[k] for k in train], labels[train], seed, 1)
+            score[test] = [fitted.score(readings[k]) for k in test]
+            probability[test] = _sigmoid(score[test] + fitted.prior)
+        scores.append(score)
+        probabilities.append(probability)
+    return Judged(np.array(scores), np.array(probabilities), labels)
+
+
+def bootstrap(labels: np.ndarray, draws: int, seed: int = 0) -> list[np.ndarray]:
+    """Indices of patients drawn with replacement, each label as often as it is there."""
+    rng = np.random.default_rng(seed)
+    groups = [np.flatnonzero(labels == k) for k in (0, 1)]
+    return [np.concatenate([rng.choice(group, len(group)) for group in groups]) for _ in range(draws)]
+
+
+def difference(a: Judged, b: Judged, draws: Sequence[np.ndarray]) -> dict:
+    """AUC of ``a`` minus that of ``b`` on the same patients, with a 95 % bootstrap interval."""
+    low, high = np.percentile([a.auc(sample) - b.auc(sample) for sample in draws], (2.5, 97.5))
+    return {"mean": a.auc() - b.auc(), "low": float(low), "high": float(high)}
+
+
+# ------------------------------------------------------------------------------------------------ domain
+
+
+def fit_domain(values: np.ndarray) -> Domain:
+    """Mean and shrunk covariance (Ledoit and Wolf 2004) of domain features (N, 16), and the distance limit."""
+    return Domain(*_gaussian(values), float(np.percentile(left_out_distances(values), KNOWN)))
+
+
+def left_out_distances(values: np.ndarray) -> np.ndarray:
+    """(N,) squared distance of each patient from the others."""
+    others = ~np.eye(len(values), dtype=bool)
+    return np.array([Domain(*_gaussian(values[keep]), 0.0).distance(v) for keep, v in zip(others, values)])
+
+
+def _gaussian(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    mean, scale = _standard(values)
+    precision = LedoitWolf(assume_centered=True).fit((values - mean) / scale).precision_
+    return mean, precision / np.outer(scale, scale)
+
+
+# --------------------------------------------------------------------------------------------------- run
+
+
+def train_classifier(preset: dict, name: str, data: Path, out: Path) -> Path:
+    """Judge the preset's model and its baselines and controls, then train it on all patients and export it.
+
+    Writes to ``out``: NAME.safetensors, results.json, predictions.csv, the card NAME.md with its plots, and a cache of
+    the prepared patients. The same call on the same data gives the same files.
+
+    Raises:
+        InputError: data or settings that cannot be used.
+    """
+    from .classifier_report import write_report
+
+    model, source, settings = read_preset(preset)
+    fusion = {"name": source.fusion, "sha256": read_index()[source.fusion]["sha256"]}
+    entries = list_patients(data, source.sources, Path(data) / source.table, source.labels)
+    engine = FusionEngine()
+    if rank_zero_only.rank:  # one process speaks for all
+        logging.getLogger("ClinicalFMambaLib").setLevel(logging.ERROR)
+    everybody = []
+    for k, entry in enumerate(entries):
+        logger.info("preparing %s (%d of %d)", entry.case.name, k + 1, len(entries))
+        everybody.append(load_patient(entry, engine, fusion, source.segmentation, out / "cache"))
+    unfound = [p.name for p in everybody if p.label >= 0 and not p.reading.region.any()]
+    patients = [p for p in everybody if p.label >= 0 and p.reading.region.any()]
+    labels, sites = np.array([p.label for p in patients]), np.array([p.site for p in patients])
+    readings, controls = [p.reading for p in patients], [p.control for p in patients]
+    draws = bootstrap(labels, DRAWS)
+
+    main = tuple(model.inputs)
+    sets = [main, *(tuple(names) for names in model.baselines if tuple(names) != main)]
+    judged: dict[str, dict[str, Judged]] = {}
+    for scheme in settings.schemes:
+        judged[scheme] = {}
+        for inputs in sets:
+            logger.info("%s: %s", scheme, "+".join(inputs))
+            judged[scheme]["+".join(inputs)] = cross_validate(
+                _fitter(model, inputs, settings, preset["trainer"]), readings, labels, sites, scheme, settings
+            )
+        logger.info("%s: control, tumour painted out", scheme)
+        fit = _fitter(model, main, settings, preset["trainer"])
+        judged[scheme]["control"] = cross_validate(fit, controls, labels, sites, scheme, settings)
+
+    domain_values = np.array([domain_features(r) for r in readings])
+    domain = fit_domain(domain_values)
+    fitted = _fitter(model, main, settings, preset["trainer"])(readings, labels, settings.seeds[0], settings.members)
+    path = out / f"{name}.safetensors"
+    if rank_zero_only.rank:
+        return path
+    results = {
+        "name": name,
+        "preset": preset,
+        "fusion": fusion,
+        "patients": {label: int((labels == k).sum()) for k, label in enumerate(source.labels)},
+        "sites": {site: _count_labels(labels[sites == site], source.labels) for site in sorted(set(sites))},
+        "unfound": unfound,
+        "dice": {p.name: p.dice for p in patients},
+        "schemes": {s: {m: j.summary(draws) for m, j in by.items()} for s, by in judged.items()},
+        "differences": {
+            scheme: {m: difference(by["+".join(main)], j, draws) for m, j in by.items() if m != "+".join(main)}
+            for scheme, by in judged.items()
+        },
+        "known": _known(domain_values, sites),
+        "right": _right(judged[settings.schemes[0]]["+".join(main)], sites),
+    }
+    first = settings.schemes[0]
+    verdict, evidence = judge(results, first, "+".join(main))
+    info = ClassifierInfo(
+        name=name,
+        kind=model.kind,
+        inputs=main,
+        crop=0 if model.kind == "features" else model.crop,
+        labels=tuple(source.labels),
+        fusion=fusion if "fused" in main else {},
+        slope=fitted.slope,
+        intercept=fitted.intercept + fitted.prior,
+        patients=results["patients"],
+        sites=len(results["sites"]),
+        verdict=verdict,
+        evidence=evidence,
+    )
+    classifier = Classifier(info, fitted.model, domain)
+    save_classifier(classifier, path)
+    results["negatives"] = _negatives(classifier, path, engine, everybody, source, Path(data))
+    results |= {"verdict": verdict, "evidence": evidence, "main": "+".join(main), "scheme": first}
+    _write_predictions(out / "predictions.csv", patients, judged)
+    write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
+    write_report(out, results, judged)
+    return path
+
+
+def _fitter(model: ModelOptions, inputs: tuple[str, ...], settings: TrainingOptions, trainer: dict) -> Fit:
+    if model.kind == "features":
+        return lambda readings, labels, seed, members: fit_features(readings, labels, inputs, settings, seed, members)
+    from .classifier_networks import fit_networks
+
+    dimension = 2 if model.kind == KINDS[1] else 3
+    return lambda readings, labels, seed, members: fit_networks(
+        readings, labels, dimension, inputs[0], model.crop, settings, trainer, seed, members
+    )
+
+
+def judge(results: dict, scheme: str, main: str) -> tuple[str, str]:
+    """The verdict on a classifier and the sentence that supports it.
+
+    It is a grade reading only if its AUC is above chance and above the control's, both with 95 % confidence.
+    """
+    auc, control = (results["schemes"][scheme][m]["auc"] for m in (main, "control"))
+    apart = results["differences"][scheme]["control"]
+    good = auc["low"] > 0.5 and apart["low"] > 0
+    words = {"leave-one-site-out": "hospitals it never saw", "by-patient": "patients it never saw"}[scheme]
+    evidence = (
+        f"On {words} its AUC is {_value(auc)}; with the tumour painted out the same method reaches {_value(control)}."
+    )
+    if not good:
+        evidence += " What it reads is not shown to be the tumour."
+    return ("grade reading" if good else "experimental"), evidence
+
+
+def _value(x: dict) -> str:
+    return f"{x['mean']:.2f} ({x['low']:.2f} to {x['high']:.2f})"
+
+
+def _count_labels(labels: np.ndarray, names: Sequence[str]) -> dict[str, int]:
+    return {name: int((labels == k).sum()) for k, name in enumerate(names)}
+
+
+def _known(values: np.ndarray, sites: np.ndarray) -> dict:
+    """How many glioma patients of hospitals that were left out count as known."""
+    known = 0
+    for train, test in LeaveOneGroupOut().split(values, groups=sites):
+        domain = fit_domain(values[train])
+        known += sum(domain.distance(v) <= domain.threshold for v in values[test])
+    return {"known": int(known), "patients": len(values)}
+
+
+def _right(judged: Judged, sites: np.ndarray) -> dict[str, str]:
+    """For each site how many of its held-out patients fall on the right side of one half, in the first seed."""
+    right = (judged.probabilities[0] >= 0.5) == judged.labels
+    return {site: f"{int(right[sites == site].sum())} of {int((sites == site).sum())}" for site in sorted(set(sites))}
+
+
+def _negatives(classifier: Classifier, path: Path, engine, everybody: Sequence[Patient], source, data: Path) -> list:
+    """What the classifier says to volumes without glioma: name, kind and abstention, ``""`` where it gave a reading."""
+    found = []
+    for patient in everybody:
+        if patient.label < 0:
+            found.append((patient.name, "patient without glioma", _abstention(classifier, patient.reading)))
+        else:
+            brain = patient.control.brain
+            reading = Reading(brain, patient.control.images, find_region(brain))
+            found.append((patient.name, "tumour painted out", _abstention(classifier, reading)))
+    for seed in range(PHANTOMS):
+        phantom = make_phantom(96, seed=seed, tumour=False)
+        answer = classify(engine, phantom["T1"], phantom["FLAIR"], str(path), sequences=("t1ce", "flair"))
+        found.append((f"phantom without tumour, seed {seed}", "phantom", answer.abstention))
+    if source.negatives:
+        with open(data / source.negatives, newline="", encoding="utf-8-sig") as file:
+            for row in csv.DictReader(file):
+                pair = (read_volume(data / row["t1ce"], "MR"), read_volume(data / row["flair"], "MR"))
+                answer = classify(engine, *pair, str(path), sequences=("t1ce", "flair"))
+                found.append((row["name"], "other volume", answer.abstention))
+    return [{"name": n, "kind": k, "abstention": a} for n, k, a in found]
+
+
+def _abstention(classifier: Classifier, reading: Reading) -> str:
+    if not reading.region.any():
+        return "no tumour was found"
+    if is_cut(reading.brain, reading.region):
+        return "cut by the field of view"
+    distance, strangest = classifier.distance(reading)
+    return "" if distance <= classifier.domain.threshold else f"outside what it has seen, most by {strangest}"
+
+
+def _write_predictions(path: Path, patients: Sequence[Patient], judged: dict) -> None:
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["scheme", "model", "seed", "case", "site", "label", "score", "probability"])
+        for scheme, models in judged.items():
+            for model, j in models.items():
+                for seed, (scores, probabilities) in enumerate(zip(j.scores, j.probabilities)):
+                    for patient, s, p in zip(patients, scores, probabilities):
+                        row = [scheme, model, seed, patient.name, patient.site, patient.label]
+                        writer.writerow([*row, f"{s:.6f}", f"{p:.6f}"])
