@@ -79,8 +79,8 @@ class FusionPlan:
 
     Args:
         model: a trained network; its weights are copied.
-        precision: ``"float32"``, or ``"bfloat16"`` for the convolutions of encoder and decoder; scans, pools and CMCA
-            stay in single precision.
+        precision: ``"float32"``, or ``"bfloat16"`` for the large convolutions of encoder and decoder; stem, 1×1
+            convolutions, scans, pools and CMCA stay in single precision.
 
     Shape:
         a, b: (B, 1, H, W) or (B, 1, D, H, W) float32 in [0, 1], of any size; returns the same shape in float32.
@@ -106,7 +106,7 @@ class FusionPlan:
         with torch.no_grad():
             self.dtype = dtype = getattr(torch, precision)
             stem = (model.stem.weight.double(), model.stem.bias.double())
-            self.stem_down = _Conv(*_compose_stride2(stem, model.encoder[0][0]), dtype, stride=2)
+            self.stem_down = _Conv(*_compose_stride2(stem, model.encoder[0][0]), torch.float32, stride=2)
             self.downs = [_Conv(*_parameters(level[0]), dtype, stride=2) for level in model.encoder[1:]]
             self.blocks = [_GatedBlock(level[1], dtype) for level in model.encoder]
             self.ups = [
@@ -454,7 +454,8 @@ class _GatedBlock:
         self.channels = block.dilated.weight.shape[0]
         self.dilation = block.dilated.dilation[0]
         self.local = _Conv(*_folded(*block.local[:2]), dtype, activation=True)
-        self.point = _Conv(*_folded(*block.point[:2]), dtype, activation=True)
+        # cheap, and in bfloat16 the gates of a whole head differed by up to 0.01 of the output's range
+        self.point = _Conv(*_folded(*block.point[:2]), torch.float32, activation=True)
         self.dilated = _Conv(*_parameters(block.dilated), dtype, dilation=self.dilation)
 
     def __call__(self, x: torch.Tensor, box: Box, shape: Sequence[int]) -> tuple[torch.Tensor, Box]:

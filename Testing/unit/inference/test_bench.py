@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from ClinicalFMambaLib.cli import main
 from ClinicalFMambaLib.errors import InputError
 from ClinicalFMambaLib.inference import bench
+from ClinicalFMambaLib.phantom import make_phantom
+from ClinicalFMambaLib.volumes import write_volume
 
 
 def test_unknown_case_is_refused_before_anything_runs(capsys):
@@ -55,6 +61,33 @@ def test_all_cases(monkeypatch):
     monkeypatch.setattr(bench, "_measure", lambda case, *rest: asked.append(case))
     bench.run_bench(["all"])
     assert asked == [*bench.CASES, *(f"scan-{2**k}k" for k in range(7))]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process's memory is Linux's")
+def test_a_whole_fuse_process_keeps_to_its_bound(tmp_path):
+    """What ``fuse --max-memory`` takes from reading to writing, beyond what torch takes when it is imported."""
+    for name, volume in make_phantom(112).items():
+        if name in ("T1", "T2"):
+            write_volume(volume, tmp_path / f"{name.lower()}.nrrd")
+    code = (
+        "import sys, torch\n"
+        "from ClinicalFMambaLib.inference.bench import _resident\n"
+        "before = _resident('VmRSS')\n"
+        "from ClinicalFMambaLib.cli import main\n"
+        "status = main(sys.argv[1:])\n"
+        "print('beyond torch', _resident('VmHWM') - before)\n"
+        "sys.exit(status)\n"
+    )
+    arguments = [str(tmp_path / name) for name in ("t1.nrrd", "t2.nrrd")]
+    options = ["--model", "mri-mri-3d", "--max-memory", "0.5", "-o", str(tmp_path / "f.nrrd")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "fuse", *arguments, *options],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert 0 < float(done.stdout.split()[-1]) < 0.5 * 2**30
 
 
 def test_failing_child_is_one_line():
