@@ -485,20 +485,32 @@ def _fitter(model: ModelOptions, inputs: tuple[str, ...], settings: TrainingOpti
 
 
 def judge(results: dict, scheme: str, main: str) -> tuple[str, str]:
-    """The verdict on a classifier and the sentence that supports it.
+    """The verdict on a classifier and the sentences that support it.
 
-    It is a grade reading only if its AUC is above chance and above the control's, both with 95 % confidence.
+    It is a grade reading only if, however the patients were held out, its AUC is above chance and above the control's
+    with 95 % confidence, and its probabilities on held-out patients are right within 0.1 (expected calibration error).
+
+    Args:
+        scheme: the one that the evidence quotes.
     """
     auc, control = (results["schemes"][scheme][m]["auc"] for m in (main, "control"))
-    apart = results["differences"][scheme]["control"]
-    good = auc["low"] > 0.5 and apart["low"] > 0
-    words = {"leave-one-site-out": "hospitals it never saw", "by-patient": "patients it never saw"}[scheme]
+    words = {"leave-one-site-out": "hospitals it never saw", "by-patient": "patients it never saw"}
     evidence = (
-        f"On {words} its AUC is {_value(auc)}; with the tumour painted out the same method reaches {_value(control)}."
+        f"On {words[scheme]} its AUC is {_value(auc)}; with the tumour painted out the same method reaches"
+        f" {_value(control)}."
     )
-    if not good:
-        evidence += " What it reads is not shown to be the tumour."
-    return ("grade reading" if good else "experimental"), evidence
+    reasons = []
+    for name, by in results["schemes"].items():
+        where = f"on {words[name]}"
+        if by[main]["auc"]["low"] <= 0.5:
+            reasons.append(f"chance is not excluded {where}")
+        if results["differences"][name]["control"]["low"] <= 0:
+            reasons.append(f"it is not clearly better than with the tumour painted out {where}")
+        if by[main]["ece"]["mean"] > 0.1:
+            reasons.append(f"its probabilities are off by {by[main]['ece']['mean']:.2f} {where}")
+    if not reasons:
+        return "grade reading", evidence
+    return "experimental", f"{evidence} Not a grade reading: {'; '.join(reasons)}."
 
 
 def _value(x: dict) -> str:

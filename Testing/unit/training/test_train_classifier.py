@@ -104,28 +104,29 @@ def test_domain():
     assert domain.distance(far) > domain.threshold and domain.strangest(far) == domain_names()[3]
 
 
-def results(auc, control, apart):
+def results(auc, control, apart, ece=0.05):
     def value(triple):
         return dict(zip(("mean", "low", "high"), triple))
 
-    scheme = {"x": {"auc": value(auc)}, "control": {"auc": value(control)}}
+    scheme = {"x": {"auc": value(auc), "ece": {"mean": ece}}, "control": {"auc": value(control)}}
     differences = {"control": value(apart)}
     return {"schemes": {"by-patient": scheme}, "differences": {"by-patient": differences}}
 
 
 @pytest.mark.parametrize(
-    "auc, control, apart, verdict",
+    "given, reason",
     [
-        ((0.9, 0.7, 1.0), (0.5, 0.3, 0.7), (0.4, 0.1, 0.7), "grade reading"),
-        ((0.9, 0.7, 1.0), (0.9, 0.7, 1.0), (0.0, -0.2, 0.2), "experimental"),
-        ((0.6, 0.4, 0.8), (0.2, 0.1, 0.3), (0.4, 0.1, 0.7), "experimental"),
+        (((0.9, 0.7, 1.0), (0.5, 0.3, 0.7), (0.4, 0.1, 0.7)), ""),
+        (((0.9, 0.7, 1.0), (0.9, 0.7, 1.0), (0.0, -0.2, 0.2)), "with the tumour painted out"),
+        (((0.6, 0.4, 0.8), (0.2, 0.1, 0.3), (0.4, 0.1, 0.7)), "chance is not excluded"),
+        (((0.9, 0.7, 1.0), (0.5, 0.3, 0.7), (0.4, 0.1, 0.7), 0.2), "off by 0.20"),
     ],
 )
-def test_verdict(auc, control, apart, verdict):
-    found, evidence = trainer.judge(results(auc, control, apart), "by-patient", "x")
-    assert found == verdict
-    assert ("not shown to be the tumour" in evidence) == (verdict == "experimental")
-    assert f"{control[0]:.2f}" in evidence
+def test_verdict(given, reason):
+    verdict, evidence = trainer.judge(results(*given), "by-patient", "x")
+    assert verdict == ("experimental" if reason else "grade reading")
+    assert reason in evidence.partition("Not a grade reading:")[2]
+    assert f"{given[1][0]:.2f}" in evidence
 
 
 def test_painting_out_leaves_no_tumour(make_pair):
