@@ -71,7 +71,8 @@ class Classification:
             f"{name} {100 * p:.0f} % ({100 * low:.0f} to {100 * high:.0f})" for name, p, low, high in self.probabilities
         )
         low, high = self.probabilities[1][2:]
-        return words + (", undecided" if low < 0.5 < high else "")
+        words += ", undecided" if low < 0.5 < high else ""
+        return words if self.verdict == "grade reading" else f"experimental, not a grade reading: {words}"
 
     def to_json(self) -> dict:
         """For ``--report`` and the worker's answer."""
@@ -226,8 +227,7 @@ def classify(
 
 def _note(info) -> str:
     counts = " and ".join(f"{info.patients[label]} {label}" for label in info.labels if label in info.patients)
-    first = "" if info.verdict == "grade reading" else "Experimental, not a grade reading. "
-    return f"{first}{info.name}, trained on {counts} patients of {info.sites} sites. {info.evidence} {NOTICE}"
+    return f"{info.name}, trained on {counts} patients of {info.sites} sites. {info.evidence} {NOTICE}"
 
 
 def _interval(p: float, members: np.ndarray) -> tuple[float, float]:

@@ -76,32 +76,45 @@ def summarise(values: np.ndarray) -> list[float]:
     ]
 
 
+def is_input(name: str) -> bool:
+    """Whether ``name`` is an image of :data:`INPUTS`, or one feature of it, such as ``t1ce.bright``."""
+    image, _, feature = name.partition(".")
+    return image in INPUTS and (name == image or feature in FEATURES)
+
+
 def feature_names(inputs: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(f"{image}.{feature}" for image in inputs for feature in FEATURES)
+    """The features of images, five each, and those that are named alone."""
+    return tuple(f for name in inputs for f in ([name] if "." in name else [f"{name}.{f}" for f in FEATURES]))
+
+
+def _chosen(inputs: tuple[str, ...], of_image) -> np.ndarray:
+    names = [name.split(".") for name in feature_names(inputs)]
+    found = {image: dict(zip(FEATURES, of_image(image))) for image in dict.fromkeys(image for image, _ in names)}
+    return np.array([found[image][feature] for image, feature in names])
 
 
 def features(reading: Reading, inputs: tuple[str, ...], hidden: np.ndarray | None = None) -> np.ndarray:
-    """(5 x inputs,) float64, in the order of :func:`feature_names`.
+    """(F,) float64, in the order of :func:`feature_names`.
 
     Args:
         hidden: (D, H, W) bool, painted with normal tissue first.
     """
     if hidden is None:
-        return np.array([x for name in inputs for x in reading.features(name)])
+        return _chosen(inputs, reading.features)
     seen = ~hidden[reading.region]
-    return np.array([x for name in inputs for x in summarise(reading.scores(name)[reading.region] * seen)])
+    return _chosen(inputs, lambda name: summarise(reading.scores(name)[reading.region] * seen))
 
 
 def domain_names() -> tuple[str, ...]:
-    return (*SHAPE, *feature_names(SOURCES))
+    return (*SHAPE, "flair.mean")
 
 
 def domain_features(reading: Reading) -> np.ndarray:
-    """(16,) float64, in the order of :func:`domain_names`: whether a case is like those of the training.
+    """(7,) float64, in the order of :func:`domain_names`: whether a case is like those of the training.
 
     Logarithm of the region's ml; share of its largest part; how much of it overlaps its own mirror image (much in
-    demyelination, little in most gliomas); how much the normal tissue of each source varies, in units of its mean;
-    litres of brain; the features of the sources.
+    demyelination and in normal variants around the midline, little in most gliomas); how much the normal tissue of each
+    source varies, in units of its mean; litres of brain; how bright the region is on FLAIR.
     """
     region = reading.region
     ml = region.sum() * GRID_MM**3 / 1e3
@@ -113,4 +126,4 @@ def domain_features(reading: Reading) -> np.ndarray:
         contrasts.append(float(values.std() / max(float(values.mean()), 1e-3)))
     litres = reading.brain.mask.sum() * GRID_MM**3 / 1e6
     shape = [np.log(max(ml, 1e-3)), sizes.max() / sizes.sum(), overlap, *contrasts, litres]
-    return np.array([*shape, *features(reading, SOURCES)])
+    return np.array([*shape, *features(reading, ("flair.mean",))])

@@ -19,7 +19,15 @@ import numpy as np
 
 from ..errors import InputError, WeightsError, require
 from ..files import replacing
-from ..inference.tumour_features import INPUTS, Reading, domain_features, domain_names, feature_names, features
+from ..inference.tumour_features import (
+    INPUTS,
+    Reading,
+    domain_features,
+    domain_names,
+    feature_names,
+    features,
+    is_input,
+)
 
 KINDS = ("features", "resnet50-2d", "resnet50-3d")
 # Scores beyond these are cut off, then divided by a third of it, for the networks.
@@ -45,7 +53,7 @@ class FeatureModel:
     """Logistic regression on :func:`..inference.tumour_features.features`.
 
     Attributes:
-        inputs: images whose features are taken.
+        inputs: images whose features are taken, or single features such as ``t1ce.bright``.
         mean, scale: (F,) of the training patients.
         weights, bias: (M, F) and (M,).
     """
@@ -145,7 +153,7 @@ class Domain:
     """What the training patients look like: squared Mahalanobis distance of the domain features.
 
     Attributes:
-        mean: (16,); precision: (16, 16); threshold: the largest distance that counts as known.
+        mean: (7,); precision: (7, 7); threshold: the largest distance that counts as known.
     """
 
     mean: np.ndarray
@@ -196,7 +204,8 @@ class ClassifierInfo:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.kind not in KINDS:
             raise InputError(f"a classifier is {', '.join(KINDS)}, not {self.kind!r}")
-        if unknown := [name for name in self.inputs if name not in INPUTS] or (not self.inputs and ["nothing"]):
+        known = is_input if self.kind == "features" else INPUTS.__contains__
+        if unknown := [name for name in self.inputs if not known(name)] or (not self.inputs and ["nothing"]):
             raise InputError(f"a classifier reads {', '.join(INPUTS)}, not {unknown[0]}")
         if self.kind != "features" and (len(self.inputs) != 1 or self.crop < 16):
             raise InputError("a ResNet-50 reads one image, in crops of 16 voxels or more")

@@ -36,7 +36,8 @@ def _draw(path: Path, results: dict, judged: dict) -> None:
     figure = Figure(figsize=(9, 4.2 * len(judged)), layout="constrained")
     rows = figure.subplots(len(judged), 2, squeeze=False)
     for (scheme, by), (roc, reliability) in zip(judged.items(), rows):
-        for model, colour in ((main, "#1f5fa8"), ("fused", "#2a9d5c"), ("average", "#b08900"), ("control", "#c0392b")):
+        colours = {main: "#1f5fa8", "fused": "#2a9d5c", "average": "#b08900", "control": "#c0392b"}
+        for model, colour in colours.items():
             if model not in by:
                 continue
             j, summary = by[model], results["schemes"][scheme][model]["auc"]
@@ -49,7 +50,7 @@ def _draw(path: Path, results: dict, judged: dict) -> None:
         roc.plot([0, 1], [0, 1], color="0.7", linewidth=0.8)
         title = f"ROC, {scheme.replace('-', ' ')}"
         roc.set(xlabel="1 - specificity", ylabel="sensitivity", title=title, aspect="equal")
-        roc.legend(frameon=False, fontsize=8, loc="lower right", title="AUC (95 % interval)", title_fontsize=8)
+        roc.legend(frameon=True, framealpha=0.9, fontsize=7, loc="lower right")
         j = by[main]
         _reliability(reliability, j.probabilities.ravel(), np.tile(j.labels, len(j.probabilities)))
         ece = results["schemes"][scheme][main]["ece"]["mean"]
@@ -128,7 +129,7 @@ def card(results: dict, checksum: str) -> str:
 |---|---|
 | inputs | T1 with contrast agent, FLAIR; images read: {results["main"].replace("+", ", ")} |
 | kind | {preset["model"].get("kind", "features")} |
-| fusion weights | {fusion["name"]}, SHA-256 `{fusion["sha256"]}` |
+| fusion weights | {fusion["name"]}, SHA-256 `{fusion["sha256"]}`{_unread(results)} |
 | patients | {counts}, {len(results["sites"])} sites |
 | file | {name}.safetensors, SHA-256 `{checksum}` |
 
@@ -150,7 +151,7 @@ folds' prevalence, which leaving sites out changes from fold to fold. The contro
 with the tumour painted out by tissue of the other hemisphere; where it does as well, the model reads the scanner and
 not the tumour.
 
-{chr(10).join(tables)}
+{(chr(10) * 2).join(tables)}
 
 ![ROC and reliability]({name}-roc.png)
 
@@ -164,7 +165,8 @@ not the tumour.
 
 It gives no reading where no tumour is found, the tumour is cut by the field of view, the head is not skull-stripped, a
 volume covers part of the brain only, the sequences are not T1ce and FLAIR, or the case is far from the training
-patients (Mahalanobis distance, limit at 95 % of their own left-out distances). Of glioma patients of hospitals left
+patients (Mahalanobis distance, limit at 90 % of their own left-out distances; what it is computed from, and the limit,
+were chosen with these volumes in view). Of glioma patients of hospitals left
 out, {known["known"]} of {known["patients"]} count as known. Of volumes without glioma it abstains on:
 
 {_negatives(results["negatives"])}
@@ -179,13 +181,18 @@ out, {known["known"]} of {known["patients"]} count as known. Of volumes without 
 """
 
 
+def _unread(results: dict) -> str:
+    return "" if "fused" in results["main"] else "; for the comparison only, this model reads no fused image"
+
+
 def _method(preset: dict) -> str:
     kind = preset["model"].get("kind", "features")
     if kind == "features":
         return (
-            "Of each image read, five numbers inside the region, in standard deviations from normal tissue: mean,"
-            " spread, bright fraction (of T1ce: the enhancing fraction), dark fraction, 95th percentile; then"
-            " L2-regularised logistic regression, both grades weighing the same."
+            "It reads numbers of the images inside the region, in standard deviations from normal tissue: mean, spread"
+            " (10th to 90th percentile), bright fraction (above 2.5; of T1ce the enhancing fraction), dark fraction"
+            " (below -1.5; of T1ce necrosis and cysts), peak (95th percentile). An image's name below means all five."
+            " Then L2-regularised logistic regression, both grades weighing the same."
         )
     return (
         f"MONAI's ResNet-50 ({kind[-2:].upper()}, one channel), crops of {preset['model'].get('crop', 48)} voxels"
@@ -267,7 +274,7 @@ def publish(run: Path, folder: Path = FOLDER) -> None:
         "labels": list(results["patients"]),
         "verdict": results["verdict"],
         "evidence": results["evidence"],
-        "fusion": results["fusion"] if "fused" in results["main"].split("+") else {},
+        "fusion": results["fusion"] if "fused" in results["main"] else {},
         "description": results["preset"]["card"].get("title", ""),
         "card": f"{name}.md",
     }

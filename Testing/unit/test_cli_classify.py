@@ -29,7 +29,11 @@ def test_a_reading(files, tmp_path, classifier_file, capsys):
     arguments += ["--report", str(report), "--classify", classifier_file, "--occlusion-map", str(where)]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "reading:  LGG" in printed and "HGG" in printed and "9 LGG and 8 HGG patients" in printed
+    assert (
+        "reading:  experimental, not a grade reading: LGG" in printed
+        and "HGG" in printed
+        and "9 LGG and 8 HGG patients" in printed
+    )
     found = json.loads(report.read_text(encoding="utf-8"))["classification"]
     assert [row["label"] for row in found["probabilities"]] == ["LGG", "HGG"]
     assert found["probabilities"][1]["probability"] > 0.5 and found["model"] == "toy"
@@ -53,7 +57,7 @@ def test_stated_sequences_count_more_than_names(files, tmp_path, classifier_file
     assert main(arguments) == 0
     assert "does not say in its name" in capsys.readouterr().out
     assert main([*arguments, "--sequences", "t1ce,flair"]) == 0
-    assert "reading:  LGG" in capsys.readouterr().out
+    assert "not a grade reading: LGG" in capsys.readouterr().out
 
 
 BAD = {

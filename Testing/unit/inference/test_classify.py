@@ -32,7 +32,8 @@ def test_a_reading(make_pair, averaging_engine, classifier_file, grade, side):
         assert 0 <= low <= p <= high <= 1
     assert by_label["LGG"][1] == pytest.approx(1 - by_label["HGG"][2])
     assert "9 LGG and 8 HGG patients of 3 sites" in answer.note and "not for diagnosis" in answer.note
-    assert answer.note.startswith("Experimental, not a grade reading")
+    assert answer.text.startswith("experimental, not a grade reading: LGG")
+    assert replace(answer, verdict="grade reading").text.startswith("LGG")
     assert stages == sorted(stages)
     assert json.loads(json.dumps(answer.to_json()))["details"]["region_origin"] == "found"
 

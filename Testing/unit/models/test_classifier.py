@@ -100,6 +100,13 @@ def test_features_of_known_scores(reading):
     np.testing.assert_array_equal(hidden, 0)
 
 
+def test_single_features(reading):
+    whole = dict(zip(feature_names(INPUTS), features(reading, INPUTS)))
+    some = ("fused.dark", "t1ce.bright")
+    assert feature_names(some) == some
+    np.testing.assert_array_equal(features(reading, some), [whole[name] for name in some])
+
+
 def test_features_do_not_see_the_scale_of_the_scanner(make_pair):
     def read(pair):
         brain = standardise(pair)
@@ -129,6 +136,8 @@ def test_network_input(reading):
         {"kind": "forest"},
         {"inputs": ()},
         {"inputs": ("t2",)},
+        {"inputs": ("t1ce.colour",)},
+        {"kind": "resnet50-2d", "inputs": ("t1ce.bright",), "crop": 32},
         {"kind": "resnet50-3d", "inputs": ("t1ce", "flair"), "crop": 32},
         {"kind": "resnet50-3d", "inputs": ("fused",), "crop": 8},
         {"sequences": ("t1", "t2")},
