@@ -66,7 +66,7 @@ def publish(run: Path, data: Path, folder: Path = FOLDER) -> dict:
     )
     summary = summarise(rows)
     model, _ = load_model(source)
-    ceiling = _ceiling(cases, about["sources"], rows) if model.config.dimension == 2 else ""
+    ceiling = _ceiling(cases, about["sources"], rows)
     with replacing(folder / f"{name}.safetensors") as temporary:
         shutil.copyfile(source, temporary)
     entry = {
@@ -115,8 +115,10 @@ def _draw_curves(logs: Path, path: Path) -> None:
 
 
 def _ceiling(cases, sources, rows) -> str:
-    """What SSIM some of the cases allow at all, and how far from it the model is, in one sentence."""
+    """What SSIM some of the cases allow at all, and how far from it the model is, in one sentence; "" for volumes."""
     some = cases[:: max(1, -(-len(cases) // CEILING_PAIRS))]
+    if load_case(some[0], sources).ndim == 4:
+        return ""
     names = {case.name for case in some}
     reached = [r.values["SSIM"] for r in rows if r.method == "ClinicalFMamba" and r.case in names]
     possible = [ssim_ceiling(*load_case(case, sources)) for case in some]
