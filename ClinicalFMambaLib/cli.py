@@ -233,7 +233,9 @@ def fuse(
     if reading is not None and reading.occlusion is not None and occlusion_map is not None:
         from .volumes import write_volume
 
-        write_volume(reading.occlusion, occlusion_map, {"notice": NOTICE, "scale": "thousandths of the probability"})
+        write_volume(
+            reading.occlusion, occlusion_map, {"notice": NOTICE, "scale": "percentage points of the probability"}
+        )
     if preview is not None:
         from .preview import save_fusion
 

@@ -184,7 +184,7 @@ def putReading(output, image, role):
     """Create or update a volume on the fused volume's grid that shows where the classifier's reading comes from.
 
     Args:
-        role: :data:`OCCLUSION`, thousandths of the probability, or :data:`REGION`, a label map.
+        role: :data:`OCCLUSION`, percentage points of the probability, or :data:`REGION`, a label map.
     """
     isMap = role == OCCLUSION
     className = "vtkMRMLScalarVolumeNode" if isMap else "vtkMRMLLabelMapVolumeNode"
@@ -193,7 +193,7 @@ def putReading(output, image, role):
     node.SetAndObserveTransformNodeID(output.GetTransformNodeID())
     if isMap:
         low, high = image.GetScalarRange()
-        most = max(abs(low), abs(high), 1)
+        most = max(abs(low), abs(high)) or 1
         _showAt(node, -most, most)
         node.GetDisplayNode().SetAndObserveColorNodeID(_differenceColours().GetID())
     else:

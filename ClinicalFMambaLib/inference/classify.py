@@ -47,8 +47,8 @@ class Classification:
         probabilities: (label, probability, low, high) with a 95 % interval; empty where it abstains.
         abstention: why there are none, one sentence, or ``""``.
         note: what a reader of the numbers must know.
-        occlusion: int16 on A's grid: by how many thousandths hiding a place (painting it with normal tissue) lowers the
-            probability of the second label; None where it abstains.
+        occlusion: float32 on A's grid: by how many percentage points hiding a place (painting it with normal tissue)
+            lowers the probability of the second label; None where it abstains.
         region: uint8 on A's grid, 1 where the tumour was found; None where it was not.
         details: more for the report, ready for JSON.
     """
@@ -219,7 +219,7 @@ def classify(
         negative, positive = info.labels
         probabilities = ((negative, 1 - p, 1 - high, 1 - low), (positive, p, low, high))
         drop = _occlusion(classifier, reading, lambda part: at("mapping what speaks for it", 0.72 + 0.26 * part))
-        occlusion = _on_grid(np.rint(1000 * drop).astype(np.float32), brain, a)
+        occlusion = _on_grid(100 * drop, brain, a)
         return replace(base, probabilities=probabilities, occlusion=occlusion)
     except (_NoReading, InputError) as reason:
         return replace(base, abstention=" ".join(str(reason).split()))
@@ -335,4 +335,4 @@ def _on_grid(array: np.ndarray, brain: Brain, reference: Volume, nearest: bool =
     place = replace(reference, modality="", path="", notes=())
     if nearest:
         return replace(place, array=(result > 0.5).astype(np.uint8), name=f"{reference.name} tumour region")
-    return replace(place, array=np.rint(result).astype(np.int16), name=f"{reference.name} occlusion map")
+    return replace(place, array=result, name=f"{reference.name} occlusion map")

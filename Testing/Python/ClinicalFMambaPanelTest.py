@@ -483,7 +483,7 @@ class Classifying(PanelTestCase):
             self.assertEqual(node.GetClassName(), className)
             self.assertEqual(node.GetImageData().GetDimensions(), fused.GetImageData().GetDimensions())
             shown[role] = slicer.util.arrayFromVolume(node)
-        self.assertEqual((shown[result_nodes.OCCLUSION].max(), shown[result_nodes.REGION].max()), (300, 1))
+        self.assertEqual((shown[result_nodes.OCCLUSION].max(), shown[result_nodes.REGION].max()), (3, 1))
         report = Path(slicer.app.temporaryPath) / "classified.html"
         self.logic.saveReport(fused, report)
         self.assertIn("80.0 % (60 to 90 %)", report.read_text(encoding="utf-8"))

@@ -43,14 +43,14 @@ def test_the_map_shows_what_speaks_for_it(make_pair, averaging_engine, classifie
     a, b = pair_of(pair)
     answer = classify(averaging_engine, a, b, classifier_file)
     assert answer.occlusion.array.shape == a.shape == answer.region.array.shape
-    assert answer.occlusion.array.dtype == np.int16 and answer.region.array.dtype == np.uint8
+    assert answer.occlusion.array.dtype == np.float32 and answer.region.array.dtype == np.uint8
     assert (answer.occlusion.spacing, answer.occlusion.origin) == (a.spacing, a.origin)
     enhancing = (a.array > 130) & (answer.region.array > 0)
     rest = (answer.region.array > 0) & ~enhancing
     outside = ~(np.abs(answer.occlusion.array) > 0) | (answer.region.array > 0)
     assert outside.mean() > 0.995
     # Hiding what enhances lowers the probability of HGG, hiding the rest does not.
-    assert answer.occlusion.array[enhancing].mean() > 3 * max(1, answer.occlusion.array[rest].mean())
+    assert answer.occlusion.array[enhancing].mean() > 3 * max(0.01, answer.occlusion.array[rest].mean())
 
 
 def test_the_same_in_either_order_and_each_time(make_pair, averaging_engine, classifier_file):
