@@ -15,6 +15,7 @@ import torch
 
 from ClinicalFMambaLib import NOTICE, __version__, pretrained
 from ClinicalFMambaLib.config import ModelConfig
+from ClinicalFMambaLib.inference import classify
 from ClinicalFMambaLib.models.clinicalfmamba import ClinicalFMamba
 from ClinicalFMambaLib.phantom import make_phantom
 from ClinicalFMambaLib.volumes import Volume, read_volume, write_volume
@@ -84,6 +85,7 @@ def bundle(files, tmp_path_factory, monkeypatch):
     (folder / "index.json").write_text(json.dumps(index))
     monkeypatch.setattr(pretrained, "FOLDER", folder)
     monkeypatch.setattr(pretrained, "INDEX", folder / "index.json")
+    monkeypatch.setattr(classify, "CLASSIFIERS", folder / "classifiers.json")
     return folder
 
 
