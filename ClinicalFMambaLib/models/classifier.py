@@ -28,6 +28,7 @@ from ..inference.tumour_features import (
     features,
     is_input,
 )
+from ..pretrained import read_tensors, sort_header
 
 KINDS = ("features", "resnet50-2d", "resnet50-3d")
 # Scores beyond these are cut off, then divided by a third of it, for the networks.
@@ -238,8 +239,6 @@ class Classifier:
 
 def save_classifier(classifier: Classifier, path: Path) -> Path:
     """Write a classifier; atomic, the same bytes each time."""
-    from ..pretrained import sort_header
-
     save = require("safetensors.numpy", "writing a classifier", "safetensors").save
     domain = classifier.domain
     tensors = {
@@ -262,15 +261,7 @@ def load_classifier(path: Path) -> Classifier:
         WeightsError: no safetensors file, no classifier, or one of another version.
         MissingDependencyError: MONAI is needed and not installed.
     """
-    safetensors = require("safetensors", "reading a classifier")
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise WeightsError(
-            f"{path} cannot be read as safetensors ({error}); it is damaged or another kind of file"
-        ) from error
+    tensors, metadata = read_tensors(path, "numpy")
     if "classifier" not in metadata:
         what = "a fusion model" if "config" in metadata else "no classifier"
         raise WeightsError(f"{path} holds {what}: its metadata has no 'classifier'; give one from train-classifier")

@@ -52,6 +52,24 @@ def find_weights(model: str) -> tuple[str, Path]:
     return path.stem, path
 
 
+def read_tensors(path: Path, framework: str) -> tuple[dict, dict[str, str]]:
+    """Tensors by name (``framework`` ``"pt"`` or ``"numpy"``) and metadata of a safetensors file.
+
+    Raises:
+        WeightsError: the file is missing, damaged or of another kind.
+    """
+    safetensors = require("safetensors", "reading weights")
+    try:
+        with safetensors.safe_open(path, framework=framework) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise WeightsError(
+            f"{path} cannot be read as safetensors ({error}); it is damaged or another kind of file"
+        ) from error
+    return tensors, metadata
+
+
 def load_model(path: Path):
     """The network in ``path``, in float32 and evaluation mode, and the file's metadata.
 
@@ -59,18 +77,10 @@ def load_model(path: Path):
         WeightsError: the file is no safetensors file, or not one of ClinicalFMamba, or of another architecture.
     """
     require("torch", "running a fusion model", "torch>=2.4")
-    safetensors = require("safetensors", "reading weights")
     from ..errors import InputError
     from ..models.clinicalfmamba import ClinicalFMamba
 
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise WeightsError(
-            f"{path} cannot be read as safetensors ({error}); it is damaged or another kind of file"
-        ) from error
+    state, metadata = read_tensors(path, "pt")
     if "config" not in metadata:
         raise WeightsError(f"{path} holds no ClinicalFMamba model: its metadata has no 'config'")
     try:

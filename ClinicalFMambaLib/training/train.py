@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import importlib.resources
 import json
 import logging
 import sys
-import typing
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +15,6 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-import yaml
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     LearningRateMonitor,
@@ -36,6 +33,7 @@ from ..errors import InputError, OutputError, WeightsError
 from ..files import write_text
 from ..inference.intensity import modality_of_name
 from ..pretrained import find_weights, load_model, save_weights
+from . import preset_files
 from .callbacks import EpochLines, FailureSignatures, Pictures, SafeCheckpoints, StopOnSignal
 from .data import CropSampler, PairCrops, ValidationPairs, split_by_patient
 from .losses import LossWeights
@@ -131,8 +129,7 @@ TRAINER_OPTIONS = (
 
 def list_presets() -> list[str]:
     """Names of the presets that come with the package."""
-    folder = importlib.resources.files(__package__) / "presets"
-    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+    return preset_files.list_presets("presets")
 
 
 def load_preset(name: str, overrides: Sequence[str] = ()) -> dict:
@@ -144,26 +141,7 @@ def load_preset(name: str, overrides: Sequence[str] = ()) -> dict:
     Raises:
         InputError: no such preset, section or key, a value of the wrong kind, or text that is not YAML.
     """
-    path = Path(name) if name.endswith(".yaml") else importlib.resources.files(__package__) / "presets" / f"{name}.yaml"
-    if not path.is_file():
-        raise InputError(f"unknown preset {name!r}; known: {', '.join(list_presets())}, or the path of a .yaml file")
-    try:
-        preset = yaml.safe_load(path.read_text(encoding="utf-8"))
-        known = [*SECTIONS, "trainer", "card"]
-        if not isinstance(preset, dict) or not all(isinstance(section, dict) for section in preset.values()):
-            raise InputError(f"{name} should hold the sections {', '.join(known)}, each with keys and values")
-        for section in known:
-            preset.setdefault(section, {})
-        for override in overrides:
-            key, _, value = override.partition("=")
-            section, _, key = key.strip().partition(".")
-            if not value or section not in preset or not key:
-                raise InputError(f"override {override!r} should read section.key=value; sections: {', '.join(known)}")
-            preset[section][key] = yaml.safe_load(value)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
-    if unknown := sorted(set(preset) - set(known)):
-        raise InputError(f"{name} has an unknown section {unknown[0]!r}; known: {', '.join(known)}")
+    preset = preset_files.load_sections("presets", name, overrides, [*SECTIONS, "trainer", "card"])
     read_preset(preset)
     return preset
 
@@ -174,30 +152,7 @@ def read_preset(preset: dict) -> tuple[ModelConfig, DataOptions, LossWeights, Tr
         raise InputError(
             f"trainer.{unknown[0]} cannot be set; of Lightning's Trainer there are {', '.join(TRAINER_OPTIONS)}"
         )
-    return tuple(_options(cls, section, preset[section]) for section, cls in SECTIONS.items())
-
-
-def _options(cls, section: str, values: dict):
-    hints = typing.get_type_hints(cls)
-    if unknown := set(values) - set(hints):
-        raise InputError(f"unknown option {section}.{min(unknown)}; known: {', '.join(sorted(hints))}")
-    try:
-        return cls(**{key: _typed(f"{section}.{key}", value, hints[key]) for key, value in values.items()})
-    except TypeError as error:
-        raise InputError(f"section {section} is not complete: {error}") from error
-
-
-def _typed(key: str, value, hint):
-    kinds = typing.get_args(hint) if typing.get_origin(hint) is not tuple else ()
-    kinds = [typing.get_origin(kind) or kind for kind in (kinds or (hint,))]
-    if float in kinds and not isinstance(value, (bool, list)) and value is not None:
-        with contextlib.suppress(ValueError, TypeError):
-            return float(value)  # YAML takes 1e-3 for a text and 1 for an integer
-    if tuple in kinds and isinstance(value, list):
-        return tuple(value)
-    if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, tuple(kinds)):
-        raise InputError(f"{key}={value!r} should be {' or '.join(kind.__name__ for kind in kinds)}")
-    return value
+    return tuple(preset_files.read_section(cls, section, preset[section]) for section, cls in SECTIONS.items())
 
 
 # ------------------------------------------------------------------------------------------------ dry run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.resources
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -11,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import yaml
 from sklearn.covariance import LedoitWolf
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
@@ -28,8 +26,9 @@ from ..models.classifier import KINDS, Classifier, ClassifierInfo, Domain, Featu
 from ..phantom import make_phantom
 from ..pretrained import read_index
 from ..volumes import read_volume
+from . import preset_files
 from .classifier_data import Patient, list_patients, load_patient
-from .train import _options, rank_zero_only
+from .train import rank_zero_only
 
 logger = logging.getLogger(__name__)
 
@@ -130,8 +129,7 @@ SECTIONS = {"model": ModelOptions, "data": DataOptions, "training": TrainingOpti
 
 def list_presets() -> list[str]:
     """Names of the presets that come with the package."""
-    folder = importlib.resources.files(__package__) / "classifier_presets"
-    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+    return preset_files.list_presets("classifier_presets")
 
 
 def load_preset(name: str, overrides: Sequence[str] = ()) -> dict:
@@ -143,34 +141,14 @@ def load_preset(name: str, overrides: Sequence[str] = ()) -> dict:
     Raises:
         InputError: no such preset, section or key, a value of the wrong kind, or text that is not YAML.
     """
-    bundled = importlib.resources.files(__package__) / "classifier_presets" / f"{name}.yaml"
-    path = Path(name) if name.endswith(".yaml") else bundled
-    if not path.is_file():
-        raise InputError(f"unknown preset {name!r}; known: {', '.join(list_presets())}, or the path of a .yaml file")
-    known = [*SECTIONS, "trainer", "card"]
-    try:
-        preset = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(preset, dict) or not all(isinstance(section, dict) for section in preset.values()):
-            raise InputError(f"{name} should hold the sections {', '.join(known)}, each with keys and values")
-        if unknown := sorted(set(preset) - set(known)):
-            raise InputError(f"{name} has an unknown section {unknown[0]!r}; known: {', '.join(known)}")
-        for section in known:
-            preset.setdefault(section, {})
-        for override in overrides:
-            key, _, value = override.partition("=")
-            section, _, key = key.strip().partition(".")
-            if not value or section not in preset or not key:
-                raise InputError(f"override {override!r} should read section.key=value; sections: {', '.join(known)}")
-            preset[section][key] = yaml.safe_load(value)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
+    preset = preset_files.load_sections("classifier_presets", name, overrides, [*SECTIONS, "trainer", "card"])
     read_preset(preset)
     return preset
 
 
 def read_preset(preset: dict) -> tuple[ModelOptions, DataOptions, TrainingOptions]:
     """The sections of a preset, checked; raises :class:`InputError`."""
-    return tuple(_options(cls, section, preset[section]) for section, cls in SECTIONS.items())
+    return tuple(preset_files.read_section(cls, section, preset[section]) for section, cls in SECTIONS.items())
 
 
 # ---------------------------------------------------------------------------------------------- one model
