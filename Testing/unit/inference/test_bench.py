@@ -65,8 +65,11 @@ def test_all_cases(monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process's memory is Linux's")
 def test_a_whole_fuse_process_keeps_to_its_bound(tmp_path):
-    """What ``fuse --max-memory`` takes from reading to writing, beyond what torch takes when it is imported."""
-    for name, volume in make_phantom(112).items():
+    """What ``fuse --max-memory`` takes from reading to writing, beyond what torch takes when it is imported.
+
+    160³, so that the volume weighs more than the imports and the scan's compilation, whose share varies by 100 MiB.
+    """
+    for name, volume in make_phantom(160).items():
         if name in ("T1", "T2"):
             write_volume(volume, tmp_path / f"{name.lower()}.nrrd")
     code = (
@@ -79,7 +82,7 @@ def test_a_whole_fuse_process_keeps_to_its_bound(tmp_path):
         "sys.exit(status)\n"
     )
     arguments = [str(tmp_path / name) for name in ("t1.nrrd", "t2.nrrd")]
-    options = ["--model", "mri-mri-3d", "--max-memory", "0.5", "-o", str(tmp_path / "f.nrrd")]
+    options = ["--model", "mri-mri-3d", "--max-memory", "0.75", "-o", str(tmp_path / "f.nrrd")]
     done = subprocess.run(
         [sys.executable, "-c", code, "fuse", *arguments, *options],
         capture_output=True,
@@ -87,7 +90,7 @@ def test_a_whole_fuse_process_keeps_to_its_bound(tmp_path):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
     )
     assert done.returncode == 0, done.stderr
-    assert 0 < float(done.stdout.split()[-1]) < 0.5 * 2**30
+    assert 0 < float(done.stdout.split()[-1]) < 0.75 * 2**30
 
 
 def test_failing_child_is_one_line():
