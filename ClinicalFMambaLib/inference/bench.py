@@ -308,7 +308,7 @@ def _network_case(task: dict):
     else:
         network = build_plan(model, task["precision"])
         if task["max_memory_gib"]:
-            tile = largest_tile(network.config, size, task["max_memory_gib"] * GIB)
+            tile = largest_tile(network.config, size, task["max_memory_gib"] * GIB, network.tile_bytes)
             if tile is None:
                 raise InputError(f"{task['max_memory_gib']} GiB do not hold {task['case']}")
             network.tile_bytes = tile

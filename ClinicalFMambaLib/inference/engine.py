@@ -28,7 +28,7 @@ from ..volumes import Volume, check_registration, compare_grids, overlap_fractio
 from .colour import luma, rgb_to_ycbcr, ycbcr_to_rgb
 from .device import GIB, choose_device, free_memory, has_bfloat16, is_out_of_memory
 from .intensity import Window, apply_window, choose_window, count_nonfinite, guess_modality
-from .plan import MIN_TILE_BYTES, TILE_BYTES, FusionPlan, build_plan, largest_tile, memory_needed
+from .plan import MIN_TILE_BYTES, FusionPlan, build_plan, largest_tile, memory_needed, usual_tile
 
 SCALE = 1000  # of scalar results: int16 survives DICOM export and compresses, a thousandth is below what is visible
 FUNCTIONAL = ("SPECT", "PET")
@@ -493,12 +493,13 @@ def _fit(model: _Loaded, shape: tuple[int, ...], max_memory_gib: float | None) -
         pixels = _CPU_BATCH_PIXELS if model.device.type == "cpu" else _GPU_BATCH_PIXELS
         usual = max(1, pixels // int(np.prod(shape)))
     budget = max_memory_gib * GIB if max_memory_gib else free_memory(model.device)
+    tile = usual_tile(model.device)
     if budget is None:
-        return usual, TILE_BYTES
+        return usual, tile
     for batch in range(usual, 0, -1):
-        if memory_needed(model.config, shape, batch) <= budget:
-            return batch, TILE_BYTES
-    tile = largest_tile(model.config, shape, budget, TILE_BYTES, MIN_TILE_BYTES)
+        if memory_needed(model.config, shape, batch, tile) <= budget:
+            return batch, tile
+    tile = largest_tile(model.config, shape, budget, tile)
     if tile is not None:
         return 1, tile
     # A GPU's shortage shows by itself and is answered by the CPU.

@@ -54,6 +54,8 @@ STAGES = ("encoder", "mamba", "pools", "decoder")
 # Bytes of the largest map of a tile. What a tile leaves is used again by the next one as long as the C library keeps
 # it (32 MiB at most), and memory fresh from the system costs as much time as the convolution that fills it.
 TILE_BYTES = 12 * 2**20
+# A GPU has no such memory to keep, and each of its calls costs as much as a small tile.
+GPU_TILE_BYTES = 256 * 2**20
 MIN_TILE_BYTES = 2**20
 # Maps of this size that live at once in a tile, with their halos.
 _MAPS_OF_A_TILE = 12
@@ -61,12 +63,18 @@ _MAPS_OF_A_TILE = 12
 _WORTH_A_CORE = 2**20
 # Voxels of one piece of CMCA's maximum, whose 32 maps stay in the second-level cache.
 _POOL_VOXELS = 8192
+_GPU_POOL_VOXELS = GPU_TILE_BYTES // 128
 # Tokens of one chunk of a scan, times sequences: 4 MiB for each of its float32 maps of two modalities.
 CHUNK = 2048
 
 Box = tuple[tuple[int, int], ...]
 Tile = tuple[slice, Box]  # some samples of a batch, and a part of their volume
 Tick = Callable[[float], None]
+
+
+def usual_tile(device: torch.device) -> int:
+    """The ``tile_bytes`` of a plan on ``device`` where memory is plenty."""
+    return TILE_BYTES if device.type == "cpu" else GPU_TILE_BYTES
 
 
 def build_plan(model: ClinicalFMamba, precision: str = "float32") -> FusionPlan:
@@ -100,7 +108,7 @@ class FusionPlan:
         device = next(model.parameters()).device
         self.device = device
         self.scan_backend = available_backends(device)[0]
-        self.tile_bytes = TILE_BYTES
+        self.tile_bytes = usual_tile(device)
         self.seconds: dict[str, float] = {}
         self._cores = 1
         with torch.no_grad():
@@ -250,7 +258,7 @@ class FusionPlan:
             channels = block.channels if last else down.channels
             out = _empty((padded.shape[0], channels, *out_shape), self.dtype, self.device)
             region = functools.partial(self._lit, padded, out) if level == 0 else None
-            bytes_each = block.channels * out.element_size() * step**self.dimension
+            bytes_each = block.channels * 4 * step**self.dimension  # gates are float32 whatever the precision
             tiles = self._tiles(padded.shape[0], out_shape, bytes_each, not last, region)
             work = functools.partial(_encode_tile, source, block, down, here, out)
             start, share = ((0, 0.55), (0.55, 0.3), (0.85, 0.15))[level]
@@ -394,13 +402,12 @@ def largest_tile(
     config: ModelConfig,
     shape: Sequence[int],
     budget: float,
-    usual: int = TILE_BYTES,
-    least: int = MIN_TILE_BYTES,
+    usual: int,
 ) -> int | None:
-    """The ``tile_bytes``, from ``usual`` down to ``least``, with which one pair fits into ``budget`` bytes, or None."""
+    """The ``tile_bytes``, from ``usual`` downwards, with which one pair fits into ``budget`` bytes, or None."""
     tile = usual
     while memory_needed(config, shape, 1, tile) > budget:
-        if tile <= least:
+        if tile <= MIN_TILE_BYTES:
             return None
         tile //= 2
     return tile
@@ -460,8 +467,11 @@ class _GatedBlock:
 
     def __call__(self, x: torch.Tensor, box: Box, shape: Sequence[int]) -> tuple[torch.Tensor, Box]:
         """From a tile at ``box`` of a map of ``shape`` to the part of it that is right, and its box."""
+        gate = self.point(x)
+        # one type for what follows: products and sums of mixed types are not vectorised
+        x, gate = (t.to(self.local.dtype) for t in (x, gate))
         local, inner = _convolve_tile(x, box, shape, self.local, 1)
-        local.mul_(_crop(self.point(x), box, inner))
+        local.mul_(_crop(gate, box, inner))
         y, inner = _convolve_tile(local, inner, shape, self.dilated, self.dilation)
         return y.add_(_crop(x, box, inner)), inner
 
@@ -663,7 +673,8 @@ class _Cmca:
     def weights(self, padded: torch.Tensor, shape: Sequence[int], threads: int = 1) -> torch.Tensor:
         """Channel weights (2, B, C) of both sources' features, in double precision."""
         batch = padded.shape[0] // 2
-        boxes = list(_boxes(shape, _POOL_VOXELS, even=True))
+        piece = _POOL_VOXELS if padded.device.type == "cpu" else _GPU_POOL_VOXELS
+        boxes = list(_boxes(shape, piece, even=True))
         share = -(-len(boxes) * 2 * batch // threads)
         calls = []
         for number in range(2 * batch):

@@ -14,6 +14,7 @@ from ClinicalFMambaLib import NOTICE, pretrained
 from ClinicalFMambaLib.config import FusionOptions, ModelConfig
 from ClinicalFMambaLib.errors import Cancelled, DeviceError, InputError, WeightsError
 from ClinicalFMambaLib.inference import engine as engine_module
+from ClinicalFMambaLib.inference import plan as plan_module
 from ClinicalFMambaLib.inference.colour import rgb_to_ycbcr
 from ClinicalFMambaLib.inference.device import choose_device
 from ClinicalFMambaLib.inference.engine import FusionEngine
@@ -426,8 +427,8 @@ def test_memory_bound_limits_the_batch(engine, weights, monkeypatch):
 
 
 def test_memory_bound_makes_the_tiles_smaller_and_changes_nothing(weights, monkeypatch):
-    monkeypatch.setattr(engine_module, "TILE_BYTES", 2**16)
-    monkeypatch.setattr(engine_module, "MIN_TILE_BYTES", 2**10)
+    monkeypatch.setattr(plan_module, "TILE_BYTES", 2**16)
+    monkeypatch.setattr(plan_module, "MIN_TILE_BYTES", 2**10)
     engine = FusionEngine("cpu")
     a, b = blob((24, 40, 32)), blob((24, 40, 32), seed=1)
     free = fuse(engine, a, b, model=weights["mr"])
@@ -442,7 +443,7 @@ def test_memory_bound_makes_the_tiles_smaller_and_changes_nothing(weights, monke
 
 
 def test_progress_and_cancelling_after_each_tile_of_a_volume(engine, weights, monkeypatch):
-    monkeypatch.setattr(engine_module, "TILE_BYTES", 20_000)
+    monkeypatch.setattr(plan_module, "TILE_BYTES", 20_000)
     seen, asked = [], []
     options = FusionOptions(model=weights["mr"], check_registration=False)
     pair = blob((24, 40, 32)), blob((24, 40, 32), seed=1)
