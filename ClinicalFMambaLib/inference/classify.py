@@ -44,7 +44,8 @@ class Classification:
     Attributes:
         model: name of the classifier.
         verdict: what the classifier may be used as, see :class:`..models.classifier.ClassifierInfo`.
-        probabilities: (label, probability, low, high) with a 95 % interval; empty where it abstains.
+        probabilities: (label, probability, low, high) with a 95 % interval, for a patient in whom both labels are as
+            likely before the images are seen; empty where it abstains.
         abstention: why there are none, one sentence, or ``""``.
         note: what a reader of the numbers must know.
         occlusion: float32 on A's grid: by how many percentage points hiding a place (painting it with normal tissue)
@@ -70,6 +71,7 @@ class Classification:
         words = ", ".join(
             f"{name} {100 * p:.0f} % ({100 * low:.0f} to {100 * high:.0f})" for name, p, low, high in self.probabilities
         )
+        words += " if both were equally likely before the scan"
         low, high = self.probabilities[1][2:]
         words += ", undecided" if low < 0.5 < high else ""
         return words if self.verdict == "grade reading" else f"experimental, not a grade reading: {words}"
@@ -82,6 +84,7 @@ class Classification:
             "probabilities": [
                 {"label": n, "probability": p, "low": lo, "high": hi} for n, p, lo, hi in self.probabilities
             ],
+            "prior": {row[0]: 0.5 for row in self.probabilities},
             "abstention": self.abstention,
             "text": self.text,
             "note": self.note,

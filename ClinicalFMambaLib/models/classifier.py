@@ -180,7 +180,7 @@ class ClassifierInfo:
         sequences: what the pair must be.
         labels: the two classes.
         fusion: name and SHA-256 of the fusion weights that made its fused images; empty where it reads none.
-        slope, intercept: Platt calibration of the logit.
+        slope, intercept: Platt calibration of the logit, for even odds of the labels before the images are seen.
         patients: number for each label; sites: number.
         verdict: ``"grade reading"``, or ``"experimental"`` where the controls do as well or chance is not excluded.
         evidence: one sentence with what was measured.
@@ -227,7 +227,7 @@ class Classifier:
     domain: Domain
 
     def probabilities(self, reading: Reading, hidden: np.ndarray | None = None) -> np.ndarray:
-        """(members,) calibrated probabilities of the second label."""
+        """(members,) calibrated probabilities of the second label, where both are as likely before."""
         logits = self.info.slope * self.model.logits(reading, hidden) + self.info.intercept
         return 1 / (1 + np.exp(-np.clip(logits, -50, 50)))
 

@@ -19,7 +19,7 @@ from ..errors import InputError, require
 from ..inference.tumour_features import Reading
 from ..models.classifier import NetworkModel, build_network, network_input
 from .train import _lightning_quiet
-from .train_classifier import Fitted, TrainingOptions, calibrate, prior_of
+from .train_classifier import Fitted, TrainingOptions, calibrate
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +102,7 @@ def fit_networks(
         one = NetworkModel(dimension, image, crop, [network])
         logits += [float(one.logits(readings[k])[0]) for k in validation]
         seen += list(labels[validation])
-    slope, intercept = calibrate(np.array(logits), np.array(seen))
-    return Fitted(NetworkModel(dimension, image, crop, networks), slope, intercept, prior_of(labels))
+    return Fitted(NetworkModel(dimension, image, crop, networks), *calibrate(np.array(logits), np.array(seen)))
 
 
 def _fit_one(readings, labels, dimension, image, crop, settings: TrainingOptions, trainer: dict, seed: int):

@@ -17,6 +17,7 @@ from .. import NOTICE
 from ..files import replacing, write_text
 from ..inference.classify import CLASSIFIERS
 from ..pretrained import FOLDER, sha256
+from .train_classifier import BINS, SITE_FOLDS, even_weights, reliability
 
 MEASURES = {"auc": "AUC", "f1": "F1", "ece": "ECE", "brier": "Brier score"}
 
@@ -29,13 +30,13 @@ def write_report(out: Path, results: dict, judged: dict) -> None:
 
 
 def _draw(path: Path, results: dict, judged: dict) -> None:
-    """ROC and reliability of the model and its control on held-out patients, a row for each scheme."""
+    """ROC of the models, mean of the seeds, and reliability on held-out patients, a row for each scheme."""
     from matplotlib.figure import Figure
 
-    main = results["main"]
+    main, grid = results["main"], np.linspace(0, 1, 1001)
     figure = Figure(figsize=(9, 4.2 * len(judged)), layout="constrained")
     rows = figure.subplots(len(judged), 2, squeeze=False)
-    for (scheme, by), (roc, reliability) in zip(judged.items(), rows):
+    for (scheme, by), (roc, calibration) in zip(judged.items(), rows):
         colours = {main: "#1f5fa8", "fused": "#2a9d5c", "average": "#b08900", "control": "#c0392b"}
         for model, colour in colours.items():
             if model not in by:
@@ -43,31 +44,28 @@ def _draw(path: Path, results: dict, judged: dict) -> None:
             j, summary = by[model], results["schemes"][scheme][model]["auc"]
             label = "tumour painted out" if model == "control" else model.replace("+", " + ")
             words = f"{label}: {summary['mean']:.2f} ({summary['low']:.2f} to {summary['high']:.2f})"
-            for k, scores in enumerate(j.scores):
-                x, y, _ = roc_curve(j.labels, scores)
-                first = {"label": words} if k == 0 else {"alpha": 0.35}
-                roc.plot(x, y, color=colour, linewidth=1.6, **first)
+            curves = [roc_curve(j.labels, scores)[:2] for scores in j.scores]
+            mean = np.mean([np.interp(grid, x, y) for x, y in curves], axis=0)
+            roc.plot([0, *grid], [0, *mean], color=colour, linewidth=1.6, label=words)
         roc.plot([0, 1], [0, 1], color="0.7", linewidth=0.8)
-        title = f"ROC, {scheme.replace('-', ' ')}"
+        title = f"ROC, {scheme.replace('-', ' ')},\nmean of the seeds"
         roc.set(xlabel="1 - specificity", ylabel="sensitivity", title=title, aspect="equal")
         roc.legend(frameon=True, framealpha=0.9, fontsize=7, loc="lower right")
         j = by[main]
-        _reliability(reliability, j.probabilities.ravel(), np.tile(j.labels, len(j.probabilities)))
-        ece = results["schemes"][scheme][main]["ece"]["mean"]
-        reliability.set_title(f"Reliability of {main.replace('+', ' + ')}, ECE {ece:.2f}")
+        _draw_reliability(calibration, j.probabilities.ravel(), np.tile(j.labels, len(j.probabilities)))
+        ece = results["schemes"][scheme][main]["ece"]
+        words = f"ECE {ece['mean']:.2f}, by chance {ece['chance']:.2f} (up to {ece['chance_high']:.2f})"
+        calibration.set_title(f"Reliability at even odds of {' and '.join(results['patients'])}\n{words}")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png", metadata={"Software": None})
 
 
-def _reliability(axes, probabilities: np.ndarray, labels: np.ndarray, bins: int = 5) -> None:
-    index = np.minimum((probabilities * bins).astype(int), bins - 1)
-    for k in np.unique(index):
-        inside = index == k
-        size = 20 + 400 * inside.mean()
-        axes.scatter(probabilities[inside].mean(), labels[inside].mean(), s=size, color="#1f5fa8", zorder=3)
+def _draw_reliability(axes, probabilities: np.ndarray, labels: np.ndarray) -> None:
+    predicted, observed, weight = reliability(probabilities, labels, even_weights(labels))
+    axes.scatter(predicted, observed, s=20 + 400 * weight, color="#1f5fa8", zorder=3)
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8)
     axes.set(xlim=(0, 1), ylim=(-0.03, 1.03), xlabel="predicted probability", ylabel="observed share", aspect="equal")
-    axes.text(0.03, 0.95, "size: share of the patients", fontsize=8, color="0.4")
+    axes.text(0.97, 0.02, "size: share of the patients,\neach grade counting half", fontsize=8, color="0.4", ha="right")
 
 
 def _value(x: dict) -> str:
@@ -94,10 +92,15 @@ def card(results: dict, checksum: str) -> str:
     for scheme, by in results["schemes"].items():
         apart = results["differences"][scheme]
         rows = [
-            [_title(m, results), *(_value(s[k]) for k in MEASURES), _value(apart[m]) if m in apart else ""]
+            [
+                _title(m, results),
+                *(_value(s[k]) for k in MEASURES),
+                f"{s['ece']['chance']:.2f} (up to {s['ece']['chance_high']:.2f})",
+                _value(apart[m]) if m in apart else "",
+            ]
             for m, s in by.items()
         ]
-        header = ["input", *MEASURES.values(), "AUC of this model minus that"]
+        header = ["input", *MEASURES.values(), "ECE by chance", "AUC of this model minus that"]
         tables.append(f"### {scheme.replace('-', ' ').capitalize()}\n\n{_table(header, rows)}")
     labels = list(results["patients"])
     sites = _table(
@@ -117,6 +120,7 @@ def card(results: dict, checksum: str) -> str:
     known = results["known"]
     fusion = results["fusion"]
     seeds = len(preset["training"].get("seeds", [0]))
+    tried = f"\n\n{about['calibration']}" if "calibration" in about else ""
     return f"""# {name}
 
 **{NOTICE}**
@@ -145,11 +149,20 @@ brighter than the patient's own normal tissue, with what enhances beside it and 
 
 ## Measured on held-out patients
 
-Nested: penalty, calibration and, for networks, the end of training come from inner folds of the training patients
-alone. Mean over {seeds} seeds, 95 % bootstrap intervals over patients. AUC is computed on scores without the training
-folds' prevalence, which leaving sites out changes from fold to fold. The control is the same method on the same places
-with the tumour painted out by tissue of the other hemisphere; where it does as well, the model reads the scanner and
-not the tumour.
+Nested: {_nesting(preset)} come from inner folds of the training patients alone.
+Mean over {seeds} seeds, 95 % bootstrap intervals over patients. The control is the same method on the same places with
+the tumour painted out by tissue of the other hemisphere; where it does as well, the model reads the scanner and not the
+tumour.
+
+**What the probabilities mean**: they are those of a patient in whom {" and ".join(labels)} are equally likely before
+the images are seen. The prevalence among the training patients is not in them, since it is that of a collection
+and not of a clinic. Where another prevalence is known, multiply p / (1 - p) by its odds.
+
+So the expected calibration error (ECE, {BINS} bins of equal width) and the Brier score let both grades weigh the same;
+F1 counts patients, {labels[1]} being read at one half or more. **ECE by chance** is what a model with the same
+probabilities, all of them right, would show on as many patients (their grades drawn from the probabilities): the mean
+and, in brackets, what it stays below 95 times in 100. An ECE below that is no proof of a good calibration, only no
+evidence against it.{tried}
 
 {(chr(10) * 2).join(tables)}
 
@@ -183,6 +196,12 @@ out, {known["known"]} of {known["patients"]} count as known. Of volumes without 
 
 def _unread(results: dict) -> str:
     return "" if "fused" in results["main"] else "; for the comparison only, this model reads no fused image"
+
+
+def _nesting(preset: dict) -> str:
+    if preset["model"].get("kind", "features") == "features":
+        return f"the penalty and the calibration (on hospitals left out, in at most {SITE_FOLDS} groups)"
+    return "the end of training and the calibration"
 
 
 def _method(preset: dict) -> str:

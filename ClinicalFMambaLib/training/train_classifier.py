@@ -13,7 +13,7 @@ import numpy as np
 from sklearn.covariance import LedoitWolf
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
-from sklearn.model_selection import LeaveOneGroupOut, StratifiedKFold
+from sklearn.model_selection import GroupKFold, LeaveOneGroupOut, StratifiedKFold
 from sklearn.utils.class_weight import compute_sample_weight
 
 from ..errors import InputError
@@ -34,6 +34,10 @@ logger = logging.getLogger(__name__)
 
 DRAWS = 1000
 PHANTOMS = 5
+# Bins of the expected calibration error.
+BINS = 5
+# Parts that the sites of the training patients are put into for the calibration, at most.
+SITE_FOLDS = 20
 # Each source, their plain average and the fused image: whether fusion helps.
 BASELINES = (("t1ce",), ("flair",), ("average",), ("fused",))
 # Share of the training patients' own left-out distances beyond which a case counts as unknown.
@@ -90,7 +94,7 @@ class TrainingOptions:
     """Section ``training`` of a preset.
 
     Attributes:
-        seeds: one repetition of the cross-validation by patient for each.
+        seeds: one repetition of the cross-validation for each.
         folds: of the outer and of the inner cross-validation by patient.
         schemes: ``leave-one-site-out`` and ``by-patient``, or one of them.
         members: bootstrap samples, or networks, of the exported classifier.
@@ -159,41 +163,37 @@ class Fitted:
     """A model trained on some patients, and its calibration.
 
     Attributes:
-        slope, intercept: of the logit, for patients of whom half have each label.
-        prior: logarithm of the odds of the second label among the training patients.
+        slope, intercept: of the logit, for even odds of the labels.
     """
 
     model: Model
     slope: float
     intercept: float
-    prior: float
 
     def score(self, reading: Reading) -> float:
-        """Calibrated logit without the prior, so that folds of different prevalence can be ranked together."""
+        """Calibrated logit, without the prevalence of the training patients: it says nothing about another site."""
         return self.slope * float(self.model.logits(reading)[0]) + self.intercept
 
 
-Fit = Callable[[Sequence[Reading], np.ndarray, int, int], Fitted]
+# Of readings, labels, sites, a seed and the number of members.
+Fit = Callable[[Sequence[Reading], np.ndarray, np.ndarray, int, int], Fitted]
 
 
 def fit_features(
-    readings: Sequence[Reading], labels: np.ndarray, inputs: tuple[str, ...], settings: TrainingOptions, seed: int,
-    members: int = 1,
+    readings: Sequence[Reading], labels: np.ndarray, sites: np.ndarray, inputs: tuple[str, ...],
+    settings: TrainingOptions, seed: int, members: int = 1,
 ) -> Fitted:  # fmt: skip
     """Logistic regression whose penalty and calibration come from inner folds of these patients alone.
+
+    The penalty comes from folds by patient. The calibration comes from folds that leave whole sites out where each
+    grade is at several, since a user's hospital is another one, too.
 
     Args:
         members: the fit on all patients, then this many less one on bootstrap samples of them.
     """
     x = np.array([features(reading, inputs) for reading in readings])
     folds = _folds(labels, settings.folds, seed)
-    outside = {penalty: np.zeros(len(labels)) for penalty in settings.penalties}
-    for train, test in folds:
-        for penalty, logits in outside.items():
-            mean, scale = _standard(x[train])
-            logits[test] = _logistic(x[train], labels[train], mean, scale, penalty).decision_function(
-                (x[test] - mean) / scale
-            )
+    outside = {penalty: _left_out_logits(x, labels, folds, penalty) for penalty in settings.penalties}
     weights = compute_sample_weight("balanced", labels)
     losses = {p: log_loss(labels, _sigmoid(z), sample_weight=weights) for p, z in outside.items()}
     best = min(losses, key=losses.get)
@@ -206,7 +206,17 @@ def fit_features(
     model = FeatureModel(
         tuple(inputs), mean, scale, np.array([f.coef_[0] for f in fits]), np.array([f.intercept_[0] for f in fits])
     )
-    return Fitted(model, *calibrate(outside[best], labels), prior_of(labels))
+    return Fitted(model, *calibrate(_left_out_logits(x, labels, _site_folds(labels, sites) or folds, best), labels))
+
+
+def _left_out_logits(x, labels, folds, penalty: float) -> np.ndarray:
+    logits = np.zeros(len(labels))
+    for train, test in folds:
+        mean, scale = _standard(x[train])
+        logits[test] = _logistic(x[train], labels[train], mean, scale, penalty).decision_function(
+            (x[test] - mean) / scale
+        )
+    return logits
 
 
 def _standard(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -230,10 +240,6 @@ def calibrate(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     return (slope, float(fit.intercept_[0])) if slope > 0 else (0.0, 0.0)
 
 
-def prior_of(labels: np.ndarray) -> float:
-    return float(np.log(max(1, (labels == 1).sum()) / max(1, (labels == 0).sum())))
-
-
 def _sigmoid(z):
     return 1 / (1 + np.exp(-np.clip(z, -50, 50)))
 
@@ -245,6 +251,13 @@ def _folds(labels: np.ndarray, count: int, seed: int):
     return list(StratifiedKFold(count, shuffle=True, random_state=seed).split(labels, labels))
 
 
+def _site_folds(labels: np.ndarray, sites: np.ndarray) -> list:
+    """Each leaves one site out, or several of many; empty where a grade would be left out altogether."""
+    count = min(len(set(sites)), SITE_FOLDS)
+    folds = list(GroupKFold(count).split(labels, labels, sites)) if count > 1 else []
+    return folds if all(len(set(labels[train])) == 2 for train, _ in folds) else []
+
+
 # --------------------------------------------------------------------------------------- cross-validation
 
 
@@ -253,12 +266,16 @@ class Judged:
     """Held-out predictions of one model under one scheme.
 
     Attributes:
-        scores, probabilities: (seeds, patients).
+        scores: (seeds, patients), logits for even odds of the labels.
     """
 
     scores: np.ndarray
-    probabilities: np.ndarray
     labels: np.ndarray
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """(seeds, patients) of the second label, for even odds."""
+        return _sigmoid(self.scores)
 
     def auc(self, sample=slice(None)) -> float:
         """Mean over the seeds."""
@@ -270,16 +287,42 @@ class Judged:
         for name, measure in (("auc", self.auc), ("f1", self._f1), ("ece", self._ece), ("brier", self._brier)):
             low, high = np.percentile([measure(sample) for sample in draws], (2.5, 97.5))
             found[name] = {"mean": measure(slice(None)), "low": float(low), "high": float(high)}
+        found["ece"] |= self.chance_error(len(draws))
         return found
+
+    def chance_error(self, draws: int) -> dict[str, float]:
+        """ECE that a model with these probabilities has by chance where all of them are right: mean and 95 % limit.
+
+        Labels are drawn from the probabilities at the prevalence of these patients, as many times, and weighed evenly.
+        """
+        rng = np.random.default_rng(0)
+        odds = np.log((self.labels == 1).sum() / (self.labels == 0).sum())
+        errors = []
+        for _ in range(draws):
+            draw = rng.random(len(self.labels))
+            labels = (draw < _sigmoid(self.scores + odds)).astype(int)
+            errors.append(
+                np.mean([calibration_error(p, y, even_weights(y)) for p, y in zip(self.probabilities, labels)])
+            )
+        return {"chance": float(np.mean(errors)), "chance_high": float(np.percentile(errors, 95))}
 
     def _f1(self, sample) -> float:
         return float(np.mean([f1(p[sample] >= 0.5, self.labels[sample]) for p in self.probabilities]))
 
     def _ece(self, sample) -> float:
-        return float(np.mean([calibration_error(p[sample], self.labels[sample]) for p in self.probabilities]))
+        labels = self.labels[sample]
+        weights = even_weights(labels)
+        return float(np.mean([calibration_error(p[sample], labels, weights) for p in self.probabilities]))
 
     def _brier(self, sample) -> float:
-        return float(np.mean([(p[sample] - self.labels[sample]) ** 2 for p in self.probabilities]))
+        errors = np.mean((self.probabilities[:, sample] - self.labels[sample]) ** 2, axis=0)
+        return float(errors @ even_weights(self.labels[sample]))
+
+
+def even_weights(labels: np.ndarray) -> np.ndarray:
+    """Weights of the patients, of sum 1, that make both labels weigh the same, as probabilities for even odds need."""
+    weights = 1 / np.bincount(labels)[labels]
+    return weights / weights.sum()
 
 
 def area_under_curve(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -298,32 +341,40 @@ def f1(predicted: np.ndarray, labels: np.ndarray) -> float:
     return 2 * right / max(1, int(predicted.sum()) + int((labels == 1).sum()))
 
 
-def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 5) -> float:
-    """Expected calibration error in bins of equal width (Guo et al., ICML 2017); checked against torchmetrics."""
-    index = np.minimum((probabilities * bins).astype(int), bins - 1)
-    error = 0.0
-    for k in np.unique(index):
-        inside = index == k
-        error += inside.mean() * abs(probabilities[inside].mean() - labels[inside].mean())
-    return float(error)
+def reliability(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(3, bins): mean probability, observed share of the second label and weight of :data:`BINS` bins of equal width.
+
+    Empty bins are left out.
+
+    Args:
+        weights: of the patients, of sum 1, see :func:`even_weights`.
+    """
+    index = np.minimum((probabilities * BINS).astype(int), BINS - 1)
+    sums = np.array([np.bincount(index, weights * x, BINS) for x in (probabilities, labels, np.ones(len(labels)))])
+    predicted, observed, weight = sums[:, sums[2] > 0]
+    return np.array([predicted / weight, observed / weight, weight])
+
+
+def calibration_error(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> float:
+    """Expected calibration error (Guo et al., ICML 2017); checked against torchmetrics. See :func:`reliability`."""
+    predicted, observed, weight = reliability(probabilities, labels, weights)
+    return float(weight @ np.abs(predicted - observed))
 
 
 def cross_validate(fit: Fit, readings, labels, sites, scheme: str, settings: TrainingOptions) -> Judged:
     """Predict each patient by a model that has not seen it, nor, leaving sites out, any of its hospital."""
-    scores, probabilities = [], []
+    scores = []
     for seed in settings.seeds:
         if scheme == "leave-one-site-out":
             folds = list(LeaveOneGroupOut().split(labels, labels, sites))
         else:
             folds = _folds(labels, settings.folds, seed)
-        score, probability = np.zeros(len(labels)), np.zeros(len(labels))
+        score = np.zeros(len(labels))
         for train, test in folds:
-            fitted = fit([readings[k] for k in train], labels[train], seed, 1)
+            fitted = fit([readings[k] for k in train], labels[train], sites[train], seed, 1)
             score[test] = [fitted.score(readings[k]) for k in test]
-            probability[test] = _sigmoid(score[test] + fitted.prior)
         scores.append(score)
-        probabilities.append(probability)
-    return Judged(np.array(scores), np.array(probabilities), labels)
+    return Judged(np.array(scores), labels)
 
 
 def bootstrap(labels: np.ndarray, draws: int, seed: int = 0) -> list[np.ndarray]:
@@ -405,7 +456,8 @@ def train_classifier(preset: dict, name: str, data: Path, out: Path) -> Path:
 
     domain_values = np.array([domain_features(r) for r in readings])
     domain = fit_domain(domain_values)
-    fitted = _fitter(model, main, settings, preset["trainer"])(readings, labels, settings.seeds[0], settings.members)
+    fit = _fitter(model, main, settings, preset["trainer"])
+    fitted = fit(readings, labels, sites, settings.seeds[0], settings.members)
     path = out / f"{name}.safetensors"
     if rank_zero_only.rank:
         return path
@@ -435,7 +487,7 @@ def train_classifier(preset: dict, name: str, data: Path, out: Path) -> Path:
         labels=tuple(source.labels),
         fusion=fusion if any(name.startswith("fused") for name in main) else {},
         slope=fitted.slope,
-        intercept=fitted.intercept + fitted.prior,
+        intercept=fitted.intercept,
         patients=results["patients"],
         sites=len(results["sites"]),
         verdict=verdict,
@@ -453,11 +505,13 @@ def train_classifier(preset: dict, name: str, data: Path, out: Path) -> Path:
 
 def _fitter(model: ModelOptions, inputs: tuple[str, ...], settings: TrainingOptions, trainer: dict) -> Fit:
     if model.kind == "features":
-        return lambda readings, labels, seed, members: fit_features(readings, labels, inputs, settings, seed, members)
+        return lambda readings, labels, sites, seed, members: fit_features(
+            readings, labels, sites, inputs, settings, seed, members
+        )
     from .classifier_networks import fit_networks
 
     dimension = 2 if model.kind == KINDS[1] else 3
-    return lambda readings, labels, seed, members: fit_networks(
+    return lambda readings, labels, sites, seed, members: fit_networks(
         readings, labels, dimension, inputs[0], model.crop, settings, trainer, seed, members
     )
 
@@ -466,7 +520,8 @@ def judge(results: dict, scheme: str, main: str) -> tuple[str, str]:
     """The verdict on a classifier and the sentences that support it.
 
     It is a grade reading only if, however the patients were held out, its AUC is above chance and above the control's
-    with 95 % confidence, and its probabilities on held-out patients are right within 0.1 (expected calibration error).
+    with 95 % confidence, and its probabilities on held-out patients are right within 0.1 (expected calibration error);
+    and if some site has patients of both grades, without which nothing shows that it does not tell the sites apart.
 
     Args:
         scheme: the one that the evidence quotes.
@@ -484,8 +539,12 @@ def judge(results: dict, scheme: str, main: str) -> tuple[str, str]:
             reasons.append(f"chance is not excluded {where}")
         if results["differences"][name]["control"]["low"] <= 0:
             reasons.append(f"it is not clearly better than with the tumour painted out {where}")
-        if by[main]["ece"]["mean"] > 0.1:
-            reasons.append(f"its probabilities are off by {by[main]['ece']['mean']:.2f} {where}")
+        if (ece := by[main]["ece"])["mean"] > 0.1:
+            reasons.append(
+                f"its probabilities are off by {ece['mean']:.2f} {where} ({ece['chance']:.2f} would be chance)"
+            )
+    if not any(min(counts.values()) for counts in results["sites"].values()):
+        reasons.append("no hospital has patients of both grades, so it may tell hospitals apart and not grades")
     if not reasons:
         return "grade reading", evidence
     return "experimental", f"{evidence} Not a grade reading: {'; '.join(reasons)}."

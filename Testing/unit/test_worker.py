@@ -205,7 +205,10 @@ def test_classification(classifying, reading, fuse, tmp_path):
     found = classifying.wait(*END)["classification"]
     assert reading.calls == [("A", "B", "auto")]
     assert found["probabilities"][1] == {"label": "HGG", "probability": 0.75, "low": 0.6, "high": 0.9}
-    assert found["text"] == "experimental, not a grade reading: LGG 25 % (10 to 40), HGG 75 % (60 to 90)"
+    assert found["text"] == (
+        "experimental, not a grade reading: LGG 25 % (10 to 40), HGG 75 % (60 to 90)"
+        " if both were equally likely before the scan"
+    )
     assert (found["model"], found["note"], found["region"]) == ("grade", "a note", None)
     assert np.load(found["occlusion"]).dtype == np.int16
     fractions = [event["fraction"] for event in classifying.seen if event["event"] == "progress"]

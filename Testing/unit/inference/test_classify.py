@@ -34,6 +34,8 @@ def test_a_reading(make_pair, averaging_engine, classifier_file, grade, side):
     assert "9 LGG and 8 HGG patients of 3 sites" in answer.note and "not for diagnosis" in answer.note
     assert answer.text.startswith("experimental, not a grade reading: LGG")
     assert replace(answer, verdict="grade reading").text.startswith("LGG")
+    assert "if both were equally likely before the scan" in answer.text
+    assert answer.to_json()["prior"] == {"LGG": 0.5, "HGG": 0.5}
     assert stages == sorted(stages)
     assert json.loads(json.dumps(answer.to_json()))["details"]["region_origin"] == "found"
 

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("sklearn")
 pytest.importorskip("lightning")
 
-from sklearn.metrics import f1_score, roc_auc_score
+from sklearn.metrics import brier_score_loss, f1_score, roc_auc_score
 
 from ClinicalFMambaLib.cli import main
 from ClinicalFMambaLib.errors import InputError
@@ -33,8 +33,15 @@ def test_measures_agree_with_scikit_learn_and_torchmetrics():
         p = np.round(rng.random(40), 1) * 0.99 + 0.001  # with ties
         assert trainer.area_under_curve(p, labels) == pytest.approx(roc_auc_score(labels, p))
         assert trainer.f1(p >= 0.5, labels) == pytest.approx(f1_score(labels, p >= 0.5))
-        expected = binary_calibration_error(torch.tensor(p), torch.tensor(labels), n_bins=5, norm="l1")
-        assert trainer.calibration_error(p, labels) == pytest.approx(float(expected), abs=1e-5)
+        # Both labels weigh the same, as if each patient were there as often as there are patients of the other label.
+        times = np.where(labels == 1, (labels == 0).sum(), (labels == 1).sum())
+        even = [torch.tensor(np.repeat(x, times)) for x in (p, labels)]
+        expected = binary_calibration_error(*even, n_bins=trainer.BINS, norm="l1")
+        found = trainer.calibration_error(p, labels, trainer.even_weights(labels))
+        assert found == pytest.approx(float(expected), abs=1e-5)
+        judged = trainer.Judged(np.log(p / (1 - p))[None], labels)
+        brier = judged.summary([slice(None)])["brier"]["mean"]
+        assert brier == pytest.approx(brier_score_loss(even[1], even[0]), abs=1e-9)
 
 
 def test_calibration():
@@ -56,9 +63,54 @@ def test_prevalence_of_the_folds_is_no_information():
         x = rng.normal(size=(30, 4))
         settings = trainer.TrainingOptions(seeds=[seed], penalties=[0.1])
         readings = [_Known(values) for values in x]
-        fit = lambda r, y, s, m, settings=settings: trainer.fit_features(r, y, ("t1ce",), settings, s, m)  # noqa: E731
+        fit = fit_of(settings)
         scores.append(trainer.cross_validate(fit, readings, labels, sites, "leave-one-site-out", settings).auc())
     assert np.mean(scores) == pytest.approx(0.5, abs=0.08)
+
+
+def fit_of(settings):
+    return lambda r, y, sites, seed, members: trainer.fit_features(r, y, sites, ("t1ce",), settings, seed, members)
+
+
+def test_prevalence_of_the_folds_is_not_in_the_probabilities():
+    """One site has nearly all of one grade, as in BraTS; probabilities for even odds are right all the same."""
+    rng = np.random.default_rng(2)
+    labels = np.repeat([0, 1], [90, 180])
+    sites = np.array(["a"] * 70 + ["b"] * 10 + ["c"] * 10 + [f"d{k % 8}" for k in range(180)])
+    readings = [_Known([label + rng.normal(0, 1), 0, 0, 0]) for label in labels]
+    settings = trainer.TrainingOptions(seeds=[0], penalties=[0.1])
+    judged = trainer.cross_validate(fit_of(settings), readings, labels, sites, "leave-one-site-out", settings)
+    found = judged.summary(trainer.bootstrap(labels, 50))
+    assert found["ece"]["mean"] < 0.1 and found["brier"]["mean"] < 0.22
+    # As they were while each fold's own prevalence was in them.
+    prior = np.array([np.log((labels[sites != s] == 1).sum() / (labels[sites != s] == 0).sum()) for s in sites])
+    assert trainer.Judged(judged.scores + prior, labels).summary([slice(None)])["ece"]["mean"] > 0.2
+
+
+def test_calibration_is_learned_from_sites_left_out():
+    labels = np.array([0, 1] * 10)
+    sites = np.array([str(k // 5) for k in range(20)])
+    folds = trainer._site_folds(labels, sites)
+    assert sorted(set(sites[test]).pop() for _, test in folds) == ["0", "1", "2", "3"]
+    assert all(not set(sites[train]) & set(sites[test]) for train, test in folds)
+    many = trainer._site_folds(np.array([0, 1] * 50), np.arange(100).astype(str))
+    assert len(many) == trainer.SITE_FOLDS
+    # A grade that is at one site only, or one site alone: folds by patient have to do.
+    assert not trainer._site_folds(np.array([0, 0, 1, 1, 1]), np.array(list("aabcd")))
+    assert not trainer._site_folds(np.array([0, 1]), np.array(["a", "a"]))
+
+
+def test_chance_error():
+    """Few patients have it though all probabilities are right, many do not."""
+    rng = np.random.default_rng(0)
+    for count, low, high in ((33, 0.07, 0.16), (6000, 0.0, 0.02)):
+        labels = np.arange(count) % 3 // 2
+        truth = 2 * (np.where(labels == 1, 1.0, -1.0) + rng.normal(0, 1, (2, count)))  # log odds
+        found = trainer.Judged(truth, labels).summary([slice(None)] * 100)["ece"]
+        assert low < found["chance"] < high and found["chance"] < found["chance_high"]
+        assert found["mean"] < found["chance_high"]
+    wrong = trainer.Judged(truth + 1, labels).summary([slice(None)] * 100)["ece"]
+    assert wrong["mean"] > 1.5 * wrong["chance_high"]
 
 
 class _Known:
@@ -87,7 +139,7 @@ def test_each_patient_is_predicted_by_others():
             asked.append(any(reading is r for r in self.known))
             return np.zeros(1)
 
-    fit = lambda r, y, seed, members: trainer.Fitted(Memory(r), 1.0, 0.0, 0.0)  # noqa: E731
+    fit = lambda r, y, sites, seed, members: trainer.Fitted(Memory(r), 1.0, 0.0)  # noqa: E731
     for scheme in ("leave-one-site-out", "by-patient"):
         trainer.cross_validate(fit, readings, labels, sites, scheme, trainer.TrainingOptions(seeds=[0]))
     assert len(asked) == 24 and not any(asked)
@@ -104,13 +156,14 @@ def test_domain():
     assert domain.distance(far) > domain.threshold and domain.strangest(far) == domain_names()[3]
 
 
-def results(auc, control, apart, ece=0.05):
+def results(auc, control, apart, ece=0.05, sites=((3, 2), (0, 4))):
     def value(triple):
         return dict(zip(("mean", "low", "high"), triple))
 
-    scheme = {"x": {"auc": value(auc), "ece": {"mean": ece}}, "control": {"auc": value(control)}}
+    scheme = {"x": {"auc": value(auc), "ece": {"mean": ece, "chance": 0.11}}, "control": {"auc": value(control)}}
     differences = {"control": value(apart)}
-    return {"schemes": {"by-patient": scheme}, "differences": {"by-patient": differences}}
+    sites = {str(k): dict(zip(("LGG", "HGG"), counts)) for k, counts in enumerate(sites)}
+    return {"schemes": {"by-patient": scheme}, "differences": {"by-patient": differences}, "sites": sites}
 
 
 @pytest.mark.parametrize(
@@ -120,6 +173,7 @@ def results(auc, control, apart, ece=0.05):
         (((0.9, 0.7, 1.0), (0.9, 0.7, 1.0), (0.0, -0.2, 0.2)), "with the tumour painted out"),
         (((0.6, 0.4, 0.8), (0.2, 0.1, 0.3), (0.4, 0.1, 0.7)), "chance is not excluded"),
         (((0.9, 0.7, 1.0), (0.5, 0.3, 0.7), (0.4, 0.1, 0.7), 0.2), "off by 0.20"),
+        (((0.9, 0.7, 1.0), (0.5, 0.3, 0.7), (0.4, 0.1, 0.7), 0.05, ((3, 0), (0, 4))), "may tell hospitals apart"),
     ],
 )
 def test_verdict(given, reason):
@@ -234,7 +288,7 @@ def test_train_classifier(data, tmp_path, quick, capsys):
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 4 * 12
     card = (tmp_path / "one" / "glioma-grade.md").read_text(encoding="utf-8")
-    for words in ("Research use only", "control: tumour painted out", "Leave one site out", "0.790"):
+    for words in ("Research use only", "control: tumour painted out", "Leave one site out", "0.790", "equally likely"):
         assert words in card
 
 
