@@ -19,6 +19,7 @@ from typing import Annotated
 import typer
 
 from . import NOTICE, __version__
+from .allocator import keep_freed_memory
 from .errors import ClinicalFMambaError, InputError, OutputError, Stopped, TrainingError, WeightsError, require
 from .files import write_text
 
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments without the program's name; those of the process by default.
     """
+    keep_freed_memory()
     # Libraries' warnings are for programmers; without a handler of its own, logging would print them.
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").addHandler(logging.NullHandler())

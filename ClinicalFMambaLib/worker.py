@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .allocator import keep_freed_memory
 from .config import FusionOptions
 from .errors import Cancelled, ClinicalFMambaError, InputError, MissingDependencyError, OutputError, require
 from .files import replacing
@@ -722,6 +723,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.captureWarnings(True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for Slicer, whose end ends the worker
     _lower_priority()
+    keep_freed_memory()
     worker = Worker(
         _line_reader(requests),
         _line_writer(events),

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..allocator import keep_freed_memory
 from ..errors import InputError
 from ..files import write_text
 
@@ -460,5 +461,6 @@ def _scan_case(task: dict):
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     result = pickle.dumps(_child(json.loads(sys.argv[1])))
     sys.stdout.buffer.write(result)
