@@ -278,7 +278,7 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             "resample": p.resample,
             "plane": p.plane.value,
             "maxMemoryGib": p.maxMemoryGib or None,
-            "classify": "auto" if p.classify and self.logic.classifiers else "",
+            "classify": "auto" if p.classify and self.logic.mayClassify else "",
             "metrics": p.measure,
             "checkRegistration": p.checkRegistration,
         }
@@ -309,8 +309,7 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def onReportButton(self, checked=False):
         name = re.sub(r"[^\w]+", "-", self._parameterNode.fusedVolume.GetName()).strip("-")
         path = self.askReportPath(name)
-        if path:
-            self._onResult(lambda node: self.logic.saveReport(node, path))
+        if path and self._onResult(lambda node: self.logic.saveReport(node, path)):
             self._say(_("Report saved: {path}").format(path=path))
 
     @staticmethod
@@ -321,13 +320,15 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         return qt.QFileDialog.getSaveFileName(slicer.util.mainWindow(), _("Save report"), str(suggestion), kinds)
 
     def _onResult(self, function):
-        """Call ``function`` with the result; what fails for a reason the user can act on is shown in the panel."""
+        """Call ``function`` with the result; whether it worked. What the user can act on is shown in the panel."""
         self._showError(None)
         with slicer.util.tryWithErrorDisplay(_("This could not be done."), waitCursor=True):
             try:
                 function(self._parameterNode.fusedVolume)
             except (ValueError, OSError) as error:
                 self._showError(error)
+                return False
+        return True
 
     # --------------------------------------------------------------------------------------- the model list
 
@@ -475,10 +476,11 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self._say(_("{stage} … about {left} left").format(stage=stage, left=durationInWords(left)))
 
     def _onFinished(self, node):
-        if self._parameterNode:
-            self._parameterNode.fusedVolume = node
-            if not self._parameterNode.keepSourcesVisible:
-                self.logic.show(node)
+        # Of its own where the panel is hidden and shows no scene.
+        p = self._parameterNode or self.logic.getParameterNode()
+        p.fusedVolume = node
+        if not p.keepSourcesVisible:
+            self.logic.show(node)
         self._update()
         provenance = self.logic.results(node).provenance
         self._say(

@@ -150,7 +150,7 @@ class FusionTest(unittest.TestCase):
         self.assertIsNotNone(self.fuse())
 
     def test_overhead_and_event_loop(self):
-        """Warm, 128³: the click costs at most half a second more than the engine, and the panel never freezes."""
+        """Warm, 128 voxels a side: the click costs at most 0.5 s more than the engine, and the panel never freezes."""
         own = OwnTurns()
         self.panel.setLogic(ClinicalFMambaLogic(makeTimer=own.makeTimer, makeProcess=own.makeProcess))
         self.logic = self.panel.logic
