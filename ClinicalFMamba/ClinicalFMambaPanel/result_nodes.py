@@ -274,8 +274,8 @@ def putDifference(output):
         raise ValueError(_("{name} is no result of ClinicalFMamba").format(name=output.GetName()))
     if nodeA is None or nodeA.GetImageData() is None:
         raise ValueError(_("volume A of {name} is no longer in the scene").format(name=output.GetName()))
-    images = nodeA.GetImageData(), output.GetImageData()
-    if images[0].GetDimensions() != images[1].GetDimensions():
+    imageA, imageFused = nodeA.GetImageData(), output.GetImageData()
+    if imageA.GetDimensions() != imageFused.GetDimensions():
         raise ValueError(_("{name} has changed since the fusion; fuse again").format(name=nodeA.GetName()))
     window = results.provenance["inputs"]["a"]["window"]
     low, high = float(window["low"]), float(window["high"])
@@ -286,7 +286,8 @@ def putDifference(output):
         windowed = np.clip((_grey(a[slab]) - np.float32(low)) / np.float32(high - low), 0, 1)
         difference[slab] = np.rint(1000 * (_grey(fused[slab]) / full - np.nan_to_num(windowed)))
         yield
-    if images != (nodeA.GetImageData(), output.GetImageData()) or None in (nodeA.GetScene(), output.GetScene()):
+    # Not ==, with which VTK compares all voxels.
+    if any(n.GetScene() is None or n.GetImageData() is not i for n, i in ((nodeA, imageA), (output, imageFused))):
         raise ValueError(_("{name} has changed meanwhile; try again").format(name=output.GetName()))
 
     node = _companion(output, DIFFERENCE, "vtkMRMLScalarVolumeNode", _("{name} minus A"))
