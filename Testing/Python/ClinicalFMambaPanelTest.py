@@ -228,6 +228,16 @@ class Showing(PanelTestCase):
         self.p.modelFile = "/else/where/weights.safetensors"
         self.assertEqual(self.ui.modelFileEdit.currentPath, "/else/where/weights.safetensors")
 
+    def test_what_was_shown_is_let_go(self):
+        """Each time the panel is shown it wraps the parameters anew; the wrapper before shall not listen for ever."""
+        before = self.panel._parameterNode
+        slicer.util.selectModule("Data")
+        slicer.util.selectModule("ClinicalFMamba")
+        self.assertIsNot(before, self.panel._parameterNode)
+        held = list(self.panel._VTKObservationMixin__observations)
+        self.assertIn(before.parameterNode, held)
+        self.assertFalse([thing for thing in held if not thing.IsA("vtkMRMLNode") and thing is not slicer.mrmlScene])
+
     def test_two_panels(self):
         """A script may make another one; both show the same choices, each has its own engine."""
         second = type(self.panel)()
