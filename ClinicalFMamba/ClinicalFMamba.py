@@ -63,7 +63,7 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._clock = None
         self._parameterNode = None
         self._parameterNodeGuiTag = None
-        self._observedVolumes = []
+        self._observedVolumes = {}  # volume to the tags of its observers
         self._orphans = []
         self._updating = False
         self._error = None
@@ -144,6 +144,7 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def cleanup(self):
         self.removeObservers()
+        self._forgetVolumes()
         self.exit()
         self._parameterNode = None
         if self._clock is not None:
@@ -375,21 +376,25 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def _observeVolumes(self):
         """The grids and voxels of the inputs decide whether they can be fused."""
         p = self._parameterNode
-        volumes = list(dict.fromkeys(node for node in (p.volumeA, p.volumeB) if node)) if p else []
-        if volumes == self._observedVolumes:
+        volumes = {node: [] for node in (p.volumeA, p.volumeB) if node} if p else {}
+        if volumes.keys() == self._observedVolumes.keys():
             return
         events = (
             vtk.vtkCommand.ModifiedEvent,  # spacing, origin, directions
             slicer.vtkMRMLVolumeNode.ImageDataModifiedEvent,
             slicer.vtkMRMLTransformableNode.TransformModifiedEvent,
         )
-        for node in self._observedVolumes:
-            for event in events:
-                self.removeObserver(node, event, self._update)
+        self._forgetVolumes()
+        # Not by Slicer's mixin, which would hold on to the voxels of every patient of the day.
+        for node, tags in volumes.items():
+            tags += [node.AddObserver(event, self._update) for event in events]
         self._observedVolumes = volumes
-        for node in volumes:
-            for event in events:
-                self.addObserver(node, event, self._update)
+
+    def _forgetVolumes(self):
+        for node, tags in self._observedVolumes.items():
+            for tag in tags:
+                node.RemoveObserver(tag)
+        self._observedVolumes = {}
 
     def _showModel(self):
         p = self._parameterNode

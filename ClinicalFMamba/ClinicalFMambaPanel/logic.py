@@ -46,6 +46,7 @@ class _Job:
     Attributes:
         origins: what the provenance says of A and B; as they were at the click, whatever the user does meanwhile.
         awaited: whether the worker has the request and has not answered it.
+        outcome: in the end, the fused node or a :class:`FusionError`.
     """
 
     identity: str
@@ -60,6 +61,7 @@ class _Job:
     started: float
     origins: dict
     awaited: bool = False
+    outcome: object = None
     steps: object = None
     stage: str = ""
     fraction: float = 0.0
@@ -103,7 +105,6 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         self._job = None
         self._count = 0
         self._abandoned = {}  # folders by identity of requests that the worker has not yet given up
-        self._outcome = None
         self._observers = []
 
     def getParameterNode(self):
@@ -207,7 +208,7 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         job = _Job(
             identity, volumeA, volumeB, outputVolume, name, request, place, pair, folder, time.monotonic(), origins
         )
-        self._job, self._outcome = job, None
+        self._job = job
         self._observeScene()
         try:
             self.startEngine()
@@ -303,8 +304,8 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         job = self._job
         if job is None:
             return
+        job.outcome = FusionError(reason or _("Cancelled"), "Cancelled")
         self._abandon(job)
-        self._outcome = FusionError(reason or _("Cancelled"), "Cancelled")
         self.cancelled.emit(reason or _("Cancelled; nothing was changed"))
 
     @property
@@ -516,8 +517,8 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         result_nodes.putResults(output, job.volumeA, job.volumeB, event)
         for role, (reading, most) in readings.items():
             result_nodes.putReading(output, reading, role, most)
+        job.outcome = output
         self._dropJob()
-        self._outcome = output
         self.finished.emit(output)
 
     @staticmethod
@@ -594,8 +595,8 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
             retry = {"less-memory": "lessMemory"}.get(event.get("retry"), event.get("retry") or "")
             self._fail(FusionError(event.get("message") or "?", event.get("kind") or "?", retry, self._client.log))
         elif name == "cancelled":
+            job.outcome = FusionError(_("Cancelled"), "Cancelled")
             self._dropJob()
-            self._outcome = FusionError(_("Cancelled"), "Cancelled")
             self.cancelled.emit(_("Cancelled; nothing was changed"))
 
     def _onLost(self, kind, reason):
@@ -630,8 +631,9 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         return device if device != "auto" else ((self._client.ready or {}).get("device") or {}).get("name", "")
 
     def _fail(self, error):
+        if self._job is not None:
+            self._job.outcome = error
         self._dropJob()
-        self._outcome = error
         logging.error(f"ClinicalFMamba: {error}")
         self.failed.emit(error)
 
@@ -680,9 +682,9 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         while self._job is job:
             slicer.app.processEvents()
             time.sleep(0.005)
-        if isinstance(self._outcome, FusionError):
-            raise self._outcome
-        return self._outcome
+        if isinstance(job.outcome, FusionError):
+            raise job.outcome
+        return job.outcome
 
     # ------------------------------------------------------------------------------------------ the scene
 

@@ -238,6 +238,14 @@ class Showing(PanelTestCase):
         self.assertIn(before.parameterNode, held)
         self.assertFalse([thing for thing in held if not thing.IsA("vtkMRMLNode") and thing is not slicer.mrmlScene])
 
+    def test_voxels_of_a_closed_scene_are_let_go(self):
+        self.choose()
+        self.fuse()
+        slicer.mrmlScene.Clear()
+        self.assertEqual(self.panel._observedVolumes, {})
+        for holder in (self.panel._VTKObservationMixin__observations, vars(self.logic).values()):
+            self.assertFalse([thing for thing in holder if "Volume" in str(type(thing))])
+
     def test_two_panels(self):
         """A script may make another one; both show the same choices, each has its own engine."""
         second = type(self.panel)()
