@@ -571,6 +571,8 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         name, identity = event["event"], event.get("id")
         if name == "ready":
             self.engineChanged.emit()
+            if self._abandoned:
+                self._abandonment.start(int(1000 * CANCEL_SECONDS))
         job = self._job
         if identity in self._abandoned and name in ("result", "error", "cancelled"):
             shutil.rmtree(self._abandoned.pop(identity), ignore_errors=True)
@@ -658,7 +660,9 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         if job.awaited and self._client.isRunning:
             self._abandoned[job.identity] = job.folder
             self._client.send({"command": "cancel", "id": job.identity})
-            self._abandonment.start(int(1000 * CANCEL_SECONDS))
+            # One that is still importing torch answers when it is ready; ended, the next one would begin anew.
+            if self._client.isReady:
+                self._abandonment.start(int(1000 * CANCEL_SECONDS))
 
     def _endAbandoned(self):
         """It may be in the middle of minutes of computing for a request that nobody wants any more."""

@@ -33,6 +33,7 @@ from clinicalfmamba_selftest import (
     snapshot,
     spin,
 )
+from ClinicalFMambaPanel import logic as logic_module
 from ClinicalFMambaPanel import requirements, result_nodes
 from ClinicalFMambaPanel.logic import ClinicalFMambaLogic, FusionError
 from ClinicalFMambaPanel.process import pythonExecutable
@@ -267,6 +268,23 @@ class Cancelling(LogicTestCase):
                 self.assertSceneUnchanged()
                 self.assertEqual(self.pidOf(logic.fuse(self.a, self.b, waitForCompletion=True)), pid)
                 self.assertEqual(leftovers(logic), [])
+
+    def test_while_the_worker_starts(self):
+        """Importing torch takes longer than a worker is given to obey; it goes on, for the next fusion."""
+        logic = self.logic("--mode", "slow start")
+        outcomes = Outcomes(logic)
+        kept, logic_module.CANCEL_SECONDS = logic_module.CANCEL_SECONDS, 0.3
+        try:
+            logic.fuse(self.a, self.b)
+            process = logic._client._process
+            spin(lambda: outcomes.stage == "Starting the fusion engine")
+            logic.cancel()
+            self.assertEqual(outcomes.next()[0], "cancelled")
+            self.assertFused(logic.fuse(self.a, self.b, waitForCompletion=True))
+            self.assertIs(logic._client._process, process)
+            self.assertEqual(logic._abandoned, {})
+        finally:
+            logic_module.CANCEL_SECONDS = kept
 
     def test_at_once(self):
         logic = self.logic()

@@ -137,6 +137,8 @@ def main():
         return writers[-1]
 
     def make_engine():
+        if arguments.mode == "slow start":
+            time.sleep(1.5)
         device = {"name": "cpu", "reason": "a test asked for it", "free_gib": 8.0}
         classifiers = ()
         if arguments.classifier:
