@@ -35,7 +35,8 @@ def register():
 def download(source=None):
     """Make the phantom and add it to the scene; returns its volume nodes: CT, MR T1 and T2, SPECT."""
     slicer.util.showStatusMessage(_("Making the ClinicalFMamba phantom …"), 3000)
-    nodes = addPhantom(SIZE)
+    with slicer.util.tryWithErrorDisplay(_("The phantom could not be made."), waitCursor=True):
+        nodes = addPhantom(SIZE)
     slicer.util.setSliceViewerLayers(background=nodes[0], fit=True)
     return nodes
 
