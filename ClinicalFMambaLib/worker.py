@@ -213,7 +213,7 @@ class Worker:
             kind = _kind(error)
             if kind in ("OutOfMemory", "Internal"):
                 log.exception("request %s failed", identity)
-            retry = "again" if isinstance(error, OutputError) else ""
+            retry = {"DeviceError": "cpu"}.get(kind, "again" if isinstance(error, OutputError) else "")
             if kind == "OutOfMemory":
                 retry = _retry(error, self._device_of(request))
             return {"event": "error", "id": identity, "kind": kind, "message": _message(error, kind), "retry": retry}

@@ -19,6 +19,7 @@ from .parameters import ClinicalFMambaParameterNode, forgetUnknownChoices
 from .process import TURN_SECONDS, QtProcess, QtTimer, inTurns, pythonExecutable
 from .requirements import Requirements
 from .signals import Signal
+from .words import inThePanel
 from .worker_client import WorkerClient
 
 CANCEL_SECONDS = 3.0  # after which a worker that is told to cancel is ended
@@ -416,7 +417,7 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         if ready is None:
             return _("Looking for a GPU …") if self._client.isRunning else _("Not started yet")
         if ready.get("problem"):
-            return ready["problem"]
+            return inThePanel(ready["problem"])
         device = ready.get("device") or {}
         return f"{(device.get('name') or '?').upper()}: {device.get('reason') or '?'}"
 
@@ -594,8 +595,9 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
             job.awaited = False
             self._run(self._finish(job, event))
         elif name == "error":
+            message = inThePanel(event.get("message") or "?")
             retry = {"less-memory": "lessMemory"}.get(event.get("retry"), event.get("retry") or "")
-            self._fail(FusionError(event.get("message") or "?", event.get("kind") or "?", retry, self._client.log))
+            self._fail(FusionError(message, event.get("kind") or "?", retry, self._client.log))
         elif name == "cancelled":
             job.outcome = FusionError(_("Cancelled"), "Cancelled")
             self._dropJob()

@@ -1,5 +1,6 @@
 """Volume nodes to arrays and back, transforms, result nodes; no worker, no torch."""
 
+import ast
 import json
 import tempfile
 import unittest
@@ -13,7 +14,7 @@ from ClinicalFMambaPanel import display, result_nodes, sample_data, volume_nodes
 from ClinicalFMambaPanel.process import inTurns
 from ClinicalFMambaPanel.report import writeReport
 from ClinicalFMambaPanel.signals import Signal
-from ClinicalFMambaPanel.words import durationInWords
+from ClinicalFMambaPanel.words import durationInWords, inThePanel
 
 TRANSFORMS = {
     "none": lambda: None,
@@ -537,6 +538,26 @@ class Small(unittest.TestCase):
         signal.disconnect(got.append)
         signal.emit(2)
         self.assertEqual(got, [1])
+
+    def test_no_message_sends_the_user_to_the_command_line(self):
+        """Neither what the engine says now nor what somebody adds to it."""
+        import ClinicalFMambaLib
+
+        folder = Path(ClinicalFMambaLib.__file__).parent
+        found = 0
+        for path in [folder / "volumes.py", folder / "config.py", *sorted((folder / "inference").glob("*.py"))]:
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                for text in ast.walk(node) if isinstance(node, (ast.Raise, ast.Assign, ast.Return)) else ():
+                    value = getattr(text, "value", None)
+                    if isinstance(text, ast.Constant) and isinstance(value, str) and " --" in f" {value}":
+                        found += 1
+                        self.assertNotRegex(inThePanel(value), r"--\w", f"{path.name}: see words.py")
+        self.assertGreater(found, 3)
+        self.assertEqual(
+            inThePanel("fusing needs torch>=2.4, which cannot be imported (x); install with: pip install 'torch>=2.4'"),
+            "fusing needs torch>=2.4, which cannot be imported (x); "
+            'reinstall PyTorch in the module "PyTorch Utils" and restart Slicer',
+        )
 
     def test_duration(self):
         self.assertEqual(
