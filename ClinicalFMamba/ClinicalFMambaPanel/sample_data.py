@@ -14,8 +14,10 @@ SHOWN = ("CT", "T1", "T2", "SPECT")  # FLAIR and labels would only lengthen the 
 
 def register():
     """Add the phantom to the Sample Data module; more than once does no harm."""
-    import SampleData
-
+    try:
+        import SampleData
+    except ImportError:  # Slicer was started without this module
+        return
     logic = SampleData.SampleDataLogic
     # After a reload, :func:`download` is another function, and Slicer would take it for another source.
     sources = getattr(slicer.modules, "sampleDataSources", {}).get(CATEGORY, [])

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import sys
 import tempfile
 import unittest
 from pathlib import Path
@@ -496,6 +497,15 @@ class Views(NodeTestCase):
 
 
 class SampleDataTest(NodeTestCase):
+    def test_slicer_without_that_module(self):
+        hidden, sys.modules["SampleData"] = sys.modules.get("SampleData"), None
+        try:
+            sample_data.register()
+        finally:
+            del sys.modules["SampleData"]
+            if hidden is not None:
+                sys.modules["SampleData"] = hidden
+
     def test_phantom_is_registered_and_made_here(self):
         sample_data.register()
         # After the module was reloaded.
