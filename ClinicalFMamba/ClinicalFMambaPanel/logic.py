@@ -188,6 +188,8 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         if self._client.isReady and self._client.ready.get("problem"):
             # What it missed may have been installed since.
             self._client.kill()
+            self._abandonment.stop()
+            self._abandoned.clear()
         self._count += 1
         identity = f"{os.getpid()}-{self._count}"
         folder = self._scratchFolder() / identity
