@@ -63,7 +63,7 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._clock = None
         self._parameterNode = None
         self._parameterNodeGuiTag = None
-        self._observedVolumes = []
+        self._observedVolumes = {}  # volume to the tags of its observers
         self._orphans = []
         self._updating = False
         self._error = None
@@ -144,6 +144,7 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def cleanup(self):
         self.removeObservers()
+        self._forgetVolumes()
         self.exit()
         self._parameterNode = None
         if self._clock is not None:
@@ -224,12 +225,13 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def setParameterNode(self, parameterNode):
         if self._parameterNode:
             self._parameterNode.disconnectGui(self._parameterNodeGuiTag)
-            self.removeObserver(self._parameterNode, vtk.vtkCommand.ModifiedEvent, self._update)
+            self.removeObserver(self._parameterNode.parameterNode, vtk.vtkCommand.ModifiedEvent, self._update)
         self._parameterNode = parameterNode
         self._parameterNodeGuiTag = None
         if parameterNode:
             self._parameterNodeGuiTag = parameterNode.connectGui(self.ui)
-            self.addObserver(parameterNode, vtk.vtkCommand.ModifiedEvent, self._update)
+            # The node: what is observed Slicer's mixin holds for ever, and a wrapper would listen as long.
+            self.addObserver(parameterNode.parameterNode, vtk.vtkCommand.ModifiedEvent, self._update)
         self._update()
 
     # ---------------------------------------------------------------------------------------------- clicks
@@ -278,7 +280,7 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             "resample": p.resample,
             "plane": p.plane.value,
             "maxMemoryGib": p.maxMemoryGib or None,
-            "classify": "auto" if p.classify and self.logic.classifiers else "",
+            "classify": "auto" if p.classify and self.logic.mayClassify else "",
             "metrics": p.measure,
             "checkRegistration": p.checkRegistration,
         }
@@ -309,8 +311,7 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def onReportButton(self, checked=False):
         name = re.sub(r"[^\w]+", "-", self._parameterNode.fusedVolume.GetName()).strip("-")
         path = self.askReportPath(name)
-        if path:
-            self._onResult(lambda node: self.logic.saveReport(node, path))
+        if path and self._onResult(lambda node: self.logic.saveReport(node, path)):
             self._say(_("Report saved: {path}").format(path=path))
 
     @staticmethod
@@ -321,13 +322,15 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         return qt.QFileDialog.getSaveFileName(slicer.util.mainWindow(), _("Save report"), str(suggestion), kinds)
 
     def _onResult(self, function):
-        """Call ``function`` with the result; what fails for a reason the user can act on is shown in the panel."""
+        """Call ``function`` with the result; whether it worked. What the user can act on is shown in the panel."""
         self._showError(None)
         with slicer.util.tryWithErrorDisplay(_("This could not be done."), waitCursor=True):
             try:
                 function(self._parameterNode.fusedVolume)
             except (ValueError, OSError) as error:
                 self._showError(error)
+                return False
+        return True
 
     # --------------------------------------------------------------------------------------- the model list
 
@@ -373,21 +376,25 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def _observeVolumes(self):
         """The grids and voxels of the inputs decide whether they can be fused."""
         p = self._parameterNode
-        volumes = list(dict.fromkeys(node for node in (p.volumeA, p.volumeB) if node)) if p else []
-        if volumes == self._observedVolumes:
+        volumes = {node: [] for node in (p.volumeA, p.volumeB) if node} if p else {}
+        if volumes.keys() == self._observedVolumes.keys():
             return
         events = (
             vtk.vtkCommand.ModifiedEvent,  # spacing, origin, directions
             slicer.vtkMRMLVolumeNode.ImageDataModifiedEvent,
             slicer.vtkMRMLTransformableNode.TransformModifiedEvent,
         )
-        for node in self._observedVolumes:
-            for event in events:
-                self.removeObserver(node, event, self._update)
+        self._forgetVolumes()
+        # Not by Slicer's mixin, which would hold on to the voxels of every patient of the day.
+        for node, tags in volumes.items():
+            tags += [node.AddObserver(event, self._update) for event in events]
         self._observedVolumes = volumes
-        for node in volumes:
-            for event in events:
-                self.addObserver(node, event, self._update)
+
+    def _forgetVolumes(self):
+        for node, tags in self._observedVolumes.items():
+            for tag in tags:
+                node.RemoveObserver(tag)
+        self._observedVolumes = {}
 
     def _showModel(self):
         p = self._parameterNode
@@ -475,10 +482,11 @@ class ClinicalFMambaWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self._say(_("{stage} … about {left} left").format(stage=stage, left=durationInWords(left)))
 
     def _onFinished(self, node):
-        if self._parameterNode:
-            self._parameterNode.fusedVolume = node
-            if not self._parameterNode.keepSourcesVisible:
-                self.logic.show(node)
+        # Of its own where the panel is hidden and shows no scene.
+        p = self._parameterNode or self.logic.getParameterNode()
+        p.fusedVolume = node
+        if not p.keepSourcesVisible:
+            self.logic.show(node)
         self._update()
         provenance = self.logic.results(node).provenance
         self._say(

@@ -214,7 +214,9 @@ class Worker:
             kind = _kind(error)
             if kind in ("OutOfMemory", "Internal"):
                 log.exception("request %s failed", identity)
-            retry = _retry(error, self._device_of(request)) if kind == "OutOfMemory" else ""
+            retry = {"DeviceError": "cpu"}.get(kind, "again" if isinstance(error, OutputError) else "")
+            if kind == "OutOfMemory":
+                retry = _retry(error, self._device_of(request))
             return {"event": "error", "id": identity, "kind": kind, "message": _message(error, kind), "retry": retry}
 
     def _device_of(self, request: dict) -> str:
@@ -418,8 +420,15 @@ def _is_number(value) -> bool:
 def _write_array(path: Path, array) -> None:
     import numpy as np
 
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array, allow_pickle=False)
+    array = np.ascontiguousarray(array)
+    try:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            # Not np.save, which does not say that the disk is full.
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+            file.write(array.data)
+    except OutputError as error:
+        reason = getattr(error.__cause__, "strerror", None) or error
+        raise OutputError(f"the result cannot be written to {path.parent} ({reason}); free space there") from error
 
 
 def _classify(engine, a, b, choice: str, options: FusionOptions, output: Path, report, cancelled) -> dict:

@@ -16,12 +16,12 @@ from slicer.ScriptedLoadableModule import ScriptedLoadableModuleLogic
 from . import display, result_nodes, volume_nodes
 from .library import libraryFolder
 from .parameters import ClinicalFMambaParameterNode, forgetUnknownChoices
-from .process import QtProcess, QtTimer, pythonExecutable
+from .process import TURN_SECONDS, QtProcess, QtTimer, inTurns, pythonExecutable
 from .requirements import Requirements
 from .signals import Signal
+from .words import inThePanel
 from .worker_client import WorkerClient
 
-STEP_SECONDS = 0.02  # of work between two turns of Qt's event loop
 CANCEL_SECONDS = 3.0  # after which a worker that is told to cancel is ended
 PREPARED, ANSWERED = 0.04, 0.97  # shares of the progress bar
 
@@ -42,7 +42,13 @@ class FusionError(RuntimeError):
 
 @dataclasses.dataclass
 class _Job:
-    """A fusion under way."""
+    """A fusion under way.
+
+    Attributes:
+        origins: what the provenance says of A and B; as they were at the click, whatever the user does meanwhile.
+        awaited: whether the worker has the request and has not answered it.
+        outcome: in the end, the fused node or a :class:`FusionError`.
+    """
 
     identity: str
     volumeA: object
@@ -54,6 +60,9 @@ class _Job:
     pair: volume_nodes.Pair
     folder: Path
     started: float
+    origins: dict
+    awaited: bool = False
+    outcome: object = None
     steps: object = None
     stage: str = ""
     fraction: float = 0.0
@@ -97,7 +106,6 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         self._job = None
         self._count = 0
         self._abandoned = {}  # folders by identity of requests that the worker has not yet given up
-        self._outcome = None
         self._observers = []
 
     def getParameterNode(self):
@@ -136,7 +144,8 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         Args:
             volumeA: the anatomical volume, whose grid, parent transform and study the result takes.
             volumeB: the other one.
-            outputVolume: an empty volume, or a result, which is updated in place; None makes a new node.
+            outputVolume: a result, which is updated in place, or an empty volume; one that cannot hold what comes,
+                colour or grey, is replaced by one of its name that can. None makes a new node.
             model: ``"auto"``, the name of a bundled model, or the path of a .safetensors file.
             device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
             windowA, windowB: ``"auto"``, ``"brain"``, ``"bone"``, ``"soft"``, ``"full"`` (CT), ``"displayed"``, or
@@ -176,12 +185,11 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
             "max_memory_gib": maxMemoryGib,
             "check_registration": bool(checkRegistration),
         }
-        if self._abandoned:
-            # It may be in the middle of minutes of computing for a request that nobody wants any more.
-            self._endAbandoned()
         if self._client.isReady and self._client.ready.get("problem"):
             # What it missed may have been installed since.
             self._client.kill()
+            self._abandonment.stop()
+            self._abandoned.clear()
         self._count += 1
         identity = f"{os.getpid()}-{self._count}"
         folder = self._scratchFolder() / identity
@@ -199,8 +207,11 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         }
         name = _("{a} + {b} fused").format(a=volumeA.GetName(), b=volumeB.GetName())
         place = result_nodes.Place.of(volumeA)
-        job = _Job(identity, volumeA, volumeB, outputVolume, name, request, place, pair, folder, time.monotonic())
-        self._job, self._outcome = job, None
+        origins = {"volume_a": self._origin(volumeA), "volume_b": self._origin(volumeB)}
+        job = _Job(
+            identity, volumeA, volumeB, outputVolume, name, request, place, pair, folder, time.monotonic(), origins
+        )
+        self._job = job
         self._observeScene()
         try:
             self.startEngine()
@@ -231,11 +242,12 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         if outputVolume is not None:
             if outputVolume is volumeA or outputVolume is volumeB:
                 return _("The output is one of the inputs, which are never changed; choose another output")
-            if outputVolume.IsA("vtkMRMLVectorVolumeNode") != any(colours):
+            isEmpty = outputVolume.GetImageData() is None
+            if outputVolume.IsA("vtkMRMLVectorVolumeNode") != any(colours) and not isEmpty:
                 return _("The result will be {kind}, which {name} cannot hold; choose to create a new volume").format(
                     kind=_("in colour") if any(colours) else _("grey"), name=outputVolume.GetName()
                 )
-            if outputVolume.GetImageData() is not None and not result_nodes.isResult(outputVolume):
+            if not isEmpty and not result_nodes.isResult(outputVolume):
                 return _("{name} is no fused volume, and its voxels would be lost; choose another output").format(
                     name=outputVolume.GetName()
                 )
@@ -295,8 +307,8 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         job = self._job
         if job is None:
             return
+        job.outcome = FusionError(reason or _("Cancelled"), "Cancelled")
         self._abandon(job)
-        self._outcome = FusionError(reason or _("Cancelled"), "Cancelled")
         self.cancelled.emit(reason or _("Cancelled; nothing was changed"))
 
     @property
@@ -351,7 +363,7 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         Raises:
             ValueError: the node is no result, or A is gone or has changed.
         """
-        difference = result_nodes.putDifference(fusedVolume)
+        difference = inTurns(result_nodes.putDifference(fusedVolume))
         display.leaveComparison()
         display.showOver(fusedVolume.GetNodeReference(result_nodes.VOLUME_A), difference, 0.6)
         return difference
@@ -407,7 +419,7 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         if ready is None:
             return _("Looking for a GPU …") if self._client.isRunning else _("Not started yet")
         if ready.get("problem"):
-            return ready["problem"]
+            return inThePanel(ready["problem"])
         device = ready.get("device") or {}
         return f"{(device.get('name') or '?').upper()}: {device.get('reason') or '?'}"
 
@@ -415,6 +427,11 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
     def classifiers(self):
         """Names of the classifiers that the worker offers."""
         return [entry["name"] for entry in (self._client.ready or {}).get("classifiers", ())]
+
+    @property
+    def mayClassify(self):
+        """Whether a classification can be asked for; yes as long as the worker has not said what it offers."""
+        return self._client.ready is None or bool(self.classifiers)
 
     @property
     def classifierHint(self):
@@ -476,32 +493,35 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         else:
             yield from volume_nodes.writeArray(job.volumeB, b)
         self._client.send(job.request)
+        job.awaited = True
         if not self._client.isReady:
             self._report(job, _("Starting the fusion engine"), PREPARED)
 
     def _finish(self, job, event):
         """Turn the worker's result into nodes; a generator."""
         self._report(job, _("Taking over the result"), ANSWERED)
-        image = vtk.vtkImageData()
-        yield from volume_nodes.readImage(job.request["output"], image)
+        image = yield from volume_nodes.readImage(job.request["output"])
         readings = {}
         for key, role in (("occlusion", result_nodes.OCCLUSION), ("region", result_nodes.REGION)):
             path = (event.get("classification") or {}).get(key)
             if path:
-                readings[role] = vtk.vtkImageData()
-                yield from volume_nodes.readImage(path, readings[role])
+                reading = yield from volume_nodes.readImage(path)
+                readings[role] = reading, (yield from volume_nodes.greatestOf(reading))
         event["provenance"]["slicer"] = {
             "version": slicer.app.applicationVersion,
-            "volume_a": self._origin(job.volumeA),
-            "volume_b": self._origin(job.volumeB),
+            **job.origins,
             "moved_by_slicer": job.pair.difference if job.pair.warped else "",
         }
+        if job.output is not None and job.output.IsA("vtkMRMLVectorVolumeNode") != event["colour"]:
+            # No longer of this job, which would be cancelled by its removal.
+            empty, job.output, job.name = job.output, None, job.output.GetName()
+            slicer.mrmlScene.RemoveNode(empty)
         output = result_nodes.putVolume(job.output, image, job.place, job.volumeA, event, job.name)
         result_nodes.putResults(output, job.volumeA, job.volumeB, event)
-        for role, reading in readings.items():
-            result_nodes.putReading(output, reading, role)
+        for role, (reading, most) in readings.items():
+            result_nodes.putReading(output, reading, role, most)
+        job.outcome = output
         self._dropJob()
-        self._outcome = output
         self.finished.emit(output)
 
     @staticmethod
@@ -524,7 +544,7 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         job = self._job
         if job is None or job.steps is None:
             return
-        until = time.monotonic() + STEP_SECONDS
+        until = time.monotonic() + TURN_SECONDS
         try:
             while time.monotonic() < until:
                 next(job.steps)
@@ -534,12 +554,15 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
             job.steps = None
             return
         except OSError as error:
+            if self._job is not job:  # cancelled by somebody who listens to its progress
+                return
             reason = _("The volumes could not be handed over to the fusion process or back: {reason}")
             self._fail(FusionError(reason.format(reason=error.strerror or error), "Internal", "again"))
             return
         except Exception as error:
             logging.exception("ClinicalFMamba: the fusion failed inside Slicer")
-            self._fail(FusionError(_inWords(error), "Internal"))
+            if self._job is job:
+                self._fail(FusionError(_inWords(error), "Internal"))
             return
         self._stepper.start(0)
 
@@ -551,6 +574,8 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         name, identity = event["event"], event.get("id")
         if name == "ready":
             self.engineChanged.emit()
+            if self._abandoned:
+                self._abandonment.start(int(1000 * CANCEL_SECONDS))
         job = self._job
         if identity in self._abandoned and name in ("result", "error", "cancelled"):
             shutil.rmtree(self._abandoned.pop(identity), ignore_errors=True)
@@ -569,13 +594,15 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
             for warning in event.get("warnings") or ():
                 logging.warning(f"ClinicalFMamba: {warning}")
             self._watcher.stop()
+            job.awaited = False
             self._run(self._finish(job, event))
         elif name == "error":
+            message = inThePanel(event.get("message") or "?")
             retry = {"less-memory": "lessMemory"}.get(event.get("retry"), event.get("retry") or "")
-            self._fail(FusionError(event.get("message") or "?", event.get("kind") or "?", retry, self._client.log))
+            self._fail(FusionError(message, event.get("kind") or "?", retry, self._client.log))
         elif name == "cancelled":
+            job.outcome = FusionError(_("Cancelled"), "Cancelled")
             self._dropJob()
-            self._outcome = FusionError(_("Cancelled"), "Cancelled")
             self.cancelled.emit(_("Cancelled; nothing was changed"))
 
     def _onLost(self, kind, reason):
@@ -610,8 +637,9 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
         return device if device != "auto" else ((self._client.ready or {}).get("device") or {}).get("name", "")
 
     def _fail(self, error):
+        if self._job is not None:
+            self._job.outcome = error
         self._dropJob()
-        self._outcome = error
         logging.error(f"ClinicalFMamba: {error}")
         self.failed.emit(error)
 
@@ -633,24 +661,38 @@ class ClinicalFMambaLogic(ScriptedLoadableModuleLogic):
     def _abandon(self, job):
         """Forget the job; the worker may take a moment to let go of it."""
         self._dropJob()
-        if self._client.isRunning:
+        if job.awaited and self._client.isRunning:
             self._abandoned[job.identity] = job.folder
             self._client.send({"command": "cancel", "id": job.identity})
-            self._abandonment.start(int(1000 * CANCEL_SECONDS))
+            # One that is still importing torch answers when it is ready; ended, the next one would begin anew.
+            if self._client.isReady:
+                self._abandonment.start(int(1000 * CANCEL_SECONDS))
 
     def _endAbandoned(self):
-        if self._abandoned:
-            self._client.kill()
-            self._abandoned.clear()
-            self.engineChanged.emit()
+        """It may be in the middle of minutes of computing for a request that nobody wants any more."""
+        if not self._abandoned:
+            return
+        self._client.kill()
+        self._abandoned.clear()
+        job = self._job
+        if job is not None:
+            # The next fusion, which has waited for it.
+            try:
+                self.startEngine()
+            except (RuntimeError, OSError) as error:
+                return self._fail(FusionError(str(error), "notStarted", "again"))
+            self._client.beginWatch()
+            if job.awaited:
+                self._client.send(job.request)
+        self.engineChanged.emit()
 
     def _wait(self, job):
         while self._job is job:
             slicer.app.processEvents()
             time.sleep(0.005)
-        if isinstance(self._outcome, FusionError):
-            raise self._outcome
-        return self._outcome
+        if isinstance(job.outcome, FusionError):
+            raise job.outcome
+        return job.outcome
 
     # ------------------------------------------------------------------------------------------ the scene
 

@@ -5,8 +5,12 @@ import os
 import shutil
 import signal
 import sys
+import time
 
 import qt
+import slicer
+
+TURN_SECONDS = 0.02  # of work between two turns of Qt's event loop
 
 
 def pythonExecutable():
@@ -22,6 +26,19 @@ def pythonExecutable():
     if python is None:
         raise RuntimeError("PythonSlicer was not found beside Slicer; install Slicer again")
     return python
+
+
+def inTurns(steps):
+    """What the generator ``steps`` returns; in between Slicer draws and hears its processes, but takes no clicks."""
+    until = time.monotonic() + TURN_SECONDS
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+        if time.monotonic() >= until:
+            slicer.app.processEvents(qt.QEventLoop.ExcludeUserInputEvents)
+            until = time.monotonic() + TURN_SECONDS
 
 
 class QtProcess:

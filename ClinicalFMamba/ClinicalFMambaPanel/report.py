@@ -14,6 +14,7 @@ from ClinicalFMambaLib import NOTICE
 from ClinicalFMambaLib.files import write_text
 
 from . import result_nodes, volume_nodes
+from .process import inTurns
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1c2530; max-width: 62em; margin: 2em auto; padding: 0 1.5em; }
@@ -125,25 +126,29 @@ def _picture(output, provenance):
     from ClinicalFMambaLib.inference.intensity import Window, apply_window
     from ClinicalFMambaLib.preview import save_preview
 
-    def windowed(array, key):
-        if array.ndim == 4:
-            return array[..., :3]
-        window = provenance["inputs"][key]["window"]
-        return apply_window(array, Window(window["low"], window["high"]))
+    def scaled(array, low, high):
+        isColour = array.ndim == 4
+        result = np.empty((*array.shape[:3], 3) if isColour else array.shape, np.uint8 if isColour else np.float32)
+        for slab in volume_nodes.slabsOf(result):
+            result[slab] = array[slab][..., :3] if isColour else apply_window(array[slab], Window(low, high))
+            yield
+        return result
 
-    fused = slicer.util.arrayFromVolume(output)
-    panels = [(_("fused"), fused[..., :3] if fused.ndim == 4 else fused.astype(np.float32) / 1000)]
+    def windowed(array, key):
+        window = provenance["inputs"][key]["window"]
+        return inTurns(scaled(array, window["low"], window["high"]))
+
+    panels = [(_("fused"), inTurns(scaled(slicer.util.arrayFromVolume(output), 0, 1000)))]
     a, b = (output.GetNodeReference(role) for role in (result_nodes.VOLUME_A, result_nodes.VOLUME_B))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         try:
             if a is not None and volume_nodes.sizeOf(a) == volume_nodes.sizeOf(output):
                 panels.insert(0, (a.GetName(), windowed(slicer.util.arrayFromVolume(a), "a")))
             if b is not None:
                 moved = Path(folder) / "b.npy"
                 modality = provenance["inputs"]["b"].get("modality", "")
-                for _step in volume_nodes.writeMovedArray(b, output, moved, modality):
-                    pass
-                panels.append((b.GetName(), windowed(np.load(moved), "b")))
+                inTurns(volume_nodes.writeMovedArray(b, output, moved, modality))
+                panels.append((b.GetName(), windowed(np.load(moved, mmap_mode="r"), "b")))
             grid = volume_nodes.Grid(
                 volume_nodes.sizeOf(output), volume_nodes.LPS_FROM_RAS @ volume_nodes.matrixOf(output)
             ).forWorker()

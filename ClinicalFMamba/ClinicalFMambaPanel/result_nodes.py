@@ -8,7 +8,7 @@ import slicer
 import vtk
 from slicer.i18n import tr as _
 
-from .volume_nodes import isColour, matrixOf
+from .volume_nodes import isColour, matrixOf, newImage, slabsOf
 
 VOLUME_A, VOLUME_B = "clinicalFMambaVolumeA", "clinicalFMambaVolumeB"
 PROVENANCE, METRICS = "clinicalFMambaProvenance", "clinicalFMambaMetrics"
@@ -180,11 +180,12 @@ def putResults(output, nodeA, nodeB, event):
     _removeCompanion(output, DIFFERENCE)
 
 
-def putReading(output, image, role):
+def putReading(output, image, role, most):
     """Create or update a volume on the fused volume's grid that shows where the classifier's reading comes from.
 
     Args:
         role: :data:`OCCLUSION`, percentage points of the probability, or :data:`REGION`, a label map.
+        most: the largest absolute value in ``image``.
     """
     isMap = role == OCCLUSION
     className = "vtkMRMLScalarVolumeNode" if isMap else "vtkMRMLLabelMapVolumeNode"
@@ -192,9 +193,7 @@ def putReading(output, image, role):
     node.SetIJKToRASMatrix(slicer.util.vtkMatrixFromArray(matrixOf(output)))
     node.SetAndObserveTransformNodeID(output.GetTransformNodeID())
     if isMap:
-        low, high = image.GetScalarRange()
-        most = max(abs(low), abs(high)) or 1
-        _showAt(node, -most, most)
+        _showAt(node, -(most or 1), most or 1)
         node.GetDisplayNode().SetAndObserveColorNodeID(_differenceColours().GetID())
     else:
         node.CreateDefaultDisplayNodes()
@@ -262,7 +261,9 @@ def _addColumn(table, title, values):
 
 
 def putDifference(output):
-    """Create or update the volume of the fused intensities minus A's in its window, both from 0 to 1; returns it.
+    """Create or update the volume of the fused intensities minus A's in its window, both from 0 to 1.
+
+    A generator that returns it.
 
     Raises:
         ValueError: the node is no result, or A is gone or has changed its grid.
@@ -273,20 +274,28 @@ def putDifference(output):
         raise ValueError(_("{name} is no result of ClinicalFMamba").format(name=output.GetName()))
     if nodeA is None or nodeA.GetImageData() is None:
         raise ValueError(_("volume A of {name} is no longer in the scene").format(name=output.GetName()))
-    if nodeA.GetImageData().GetDimensions() != output.GetImageData().GetDimensions():
+    imageA, imageFused = nodeA.GetImageData(), output.GetImageData()
+    if imageA.GetDimensions() != imageFused.GetDimensions():
         raise ValueError(_("{name} has changed since the fusion; fuse again").format(name=nodeA.GetName()))
     window = results.provenance["inputs"]["a"]["window"]
     low, high = float(window["low"]), float(window["high"])
-    fused = _grey(output) / np.float32(255 if isColour(output) else 1000)
-    a = np.clip((_grey(nodeA) - np.float32(low)) / np.float32(high - low), 0, 1)
-    difference = np.rint(1000 * (fused - np.nan_to_num(a))).astype(np.int16)
+    fused, a = slicer.util.arrayFromVolume(output), slicer.util.arrayFromVolume(nodeA)
+    full = np.float32(255 if isColour(output) else 1000)
+    image, difference = newImage(a.shape[:3], np.int16)
+    for slab in slabsOf(np.broadcast_to(np.float32(0), a.shape[:3])):
+        windowed = np.clip((_grey(a[slab]) - np.float32(low)) / np.float32(high - low), 0, 1)
+        difference[slab] = np.rint(1000 * (_grey(fused[slab]) / full - np.nan_to_num(windowed)))
+        yield
+    # Not ==, with which VTK compares all voxels.
+    if any(n.GetScene() is None or n.GetImageData() is not i for n, i in ((nodeA, imageA), (output, imageFused))):
+        raise ValueError(_("{name} has changed meanwhile; try again").format(name=output.GetName()))
 
     node = _companion(output, DIFFERENCE, "vtkMRMLScalarVolumeNode", _("{name} minus A"))
     node.SetIJKToRASMatrix(slicer.util.vtkMatrixFromArray(matrixOf(output)))
     node.SetAndObserveTransformNodeID(output.GetTransformNodeID())
     _showAt(node, -DIFFERENCE_RANGE, DIFFERENCE_RANGE)
     node.GetDisplayNode().SetAndObserveColorNodeID(_differenceColours().GetID())
-    slicer.util.updateVolumeFromArray(node, difference)
+    node.SetAndObserveImageData(image)
     return node
 
 
@@ -308,9 +317,8 @@ def _differenceColours():
     return slicer.mrmlScene.AddNode(node)
 
 
-def _grey(node):
+def _grey(array):
     """(k, j, i) float32; of colour its luma, which is what the network fused."""
-    array = slicer.util.arrayFromVolume(node)
     if array.ndim == 3:
         return array.astype(np.float32)
     from ClinicalFMambaLib.inference.colour import luma

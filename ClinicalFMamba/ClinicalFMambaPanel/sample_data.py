@@ -14,8 +14,10 @@ SHOWN = ("CT", "T1", "T2", "SPECT")  # FLAIR and labels would only lengthen the 
 
 def register():
     """Add the phantom to the Sample Data module; more than once does no harm."""
-    import SampleData
-
+    try:
+        import SampleData
+    except ImportError:  # Slicer was started without this module
+        return
     logic = SampleData.SampleDataLogic
     # After a reload, :func:`download` is another function, and Slicer would take it for another source.
     sources = getattr(slicer.modules, "sampleDataSources", {}).get(CATEGORY, [])
@@ -35,7 +37,8 @@ def register():
 def download(source=None):
     """Make the phantom and add it to the scene; returns its volume nodes: CT, MR T1 and T2, SPECT."""
     slicer.util.showStatusMessage(_("Making the ClinicalFMamba phantom …"), 3000)
-    nodes = addPhantom(SIZE)
+    with slicer.util.tryWithErrorDisplay(_("The phantom could not be made."), waitCursor=True):
+        nodes = addPhantom(SIZE)
     slicer.util.setSliceViewerLayers(background=nodes[0], fit=True)
     return nodes
 

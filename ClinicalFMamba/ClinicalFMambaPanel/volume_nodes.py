@@ -6,7 +6,7 @@ in between.
 
 import contextlib
 import dataclasses
-import itertools
+import time
 
 import numpy as np
 import slicer
@@ -15,6 +15,7 @@ from slicer.i18n import tr as _
 
 CHUNK_BYTES = 4 * 2**20  # copied in about 2 ms
 CHUNK_VOXELS = 2**14  # moved through a B-spline transform in about 10 ms
+CHUNK_SECONDS = 0.01  # simpler transforms move more in this time
 AIR_HU = -1024.0
 # What slicer.util.arrayFromVolume reads and holds intensities.
 CLASSES = ("vtkMRMLScalarVolumeNode", "vtkMRMLVectorVolumeNode")
@@ -88,19 +89,29 @@ def relate(nodeA, nodeB):
 
     parentA, parentB = nodeA.GetParentTransformNode(), nodeB.GetParentTransformNode()
     linear = all(parent is None or parent.IsTransformToWorldLinear() for parent in (parentA, parentB))
-    if not linear and parentA is not parentB:
+    if not linear:
         # A stays where it is, and B comes to it.
-        grid = Grid(sizeOf(nodeA), LPS_FROM_RAS @ matrixOf(nodeA))
-        return Pair(grid, grid, True, _("a non-linear transform lies between them"))
-
-    def grid(node, parent):
-        toWorld = vtk.vtkMatrix4x4()
-        if parent is not None and linear:
-            parent.GetMatrixTransformToWorld(toWorld)
-        return Grid(sizeOf(node), LPS_FROM_RAS @ slicer.util.arrayFromVTKMatrix(toWorld) @ matrixOf(node))
-
-    a, b = grid(nodeA, parentA), grid(nodeB, parentB)
+        a, b = (Grid(sizeOf(node), LPS_FROM_RAS @ matrixOf(node)) for node in (nodeA, nodeB))
+        if parentA is not parentB:
+            return Pair(a, a, True, _("a non-linear transform lies between them"))
+    else:
+        a, b = (Grid(sizeOf(node), LPS_FROM_RAS @ _matrixInWorld(node)) for node in (nodeA, nodeB))
     return Pair(a, b, False, compare_grids(a.asVolume(nodeA.GetName()), b.asVolume(nodeB.GetName())))
+
+
+def _matrixInWorld(node):
+    """IJK to RAS in world, (4, 4); without the parent transform where that is not linear."""
+    toWorld = vtk.vtkMatrix4x4()
+    parent = node.GetParentTransformNode()
+    if parent is not None and parent.IsTransformToWorldLinear():
+        parent.GetMatrixTransformToWorld(toWorld)
+    return slicer.util.arrayFromVTKMatrix(toWorld) @ matrixOf(node)
+
+
+def _hasExtent(axes):
+    """Whether voxels with these edges, the columns of (3, 3), are no mere lines or planes; as the worker sees it."""
+    lengths = np.linalg.norm(axes, axis=0)
+    return bool(np.isfinite(axes).all() and lengths.min() > 0 and abs(np.linalg.det(axes / lengths)) >= 1e-3)
 
 
 def isColour(node):
@@ -118,6 +129,8 @@ def problemOf(node, label):
     image = node.GetImageData()
     if image is None or image.GetPointData().GetScalars() is None or 0 in image.GetDimensions():
         return _("{name} is empty; choose a volume with voxels").format(name=name)
+    if not _hasExtent(_matrixInWorld(node)[:3, :3]):
+        return _("{name} is flat in space; look at its spacing, its axes and its transforms").format(name=name)
     components = image.GetNumberOfScalarComponents()
     if components == 1:
         return ""
@@ -156,10 +169,11 @@ def displayedWindow(node):
 # ------------------------------------------------------------------------------------------- to the worker
 
 
-def _slabs(shape, bytesPerSlice):
-    step = max(1, CHUNK_BYTES // max(1, bytesPerSlice))
-    for start in range(0, shape[0], step):
-        yield slice(start, min(start + step, shape[0]))
+def slabsOf(array):
+    """Slices of the first axis, each of a size that is copied in a moment."""
+    step = max(1, CHUNK_BYTES // max(1, array[0].nbytes))
+    for start in range(0, len(array), step):
+        yield slice(start, min(start + step, len(array)))
 
 
 @contextlib.contextmanager
@@ -178,7 +192,7 @@ def writeArray(node, path):
     if array.ndim == 4:
         array = array[..., :3]
     with _npyFile(path, array.dtype, array.shape) as write:
-        for slab in _slabs(array.shape, array[0].nbytes):
+        for slab in slabsOf(array):
             write(array[slab])
             yield
 
@@ -200,7 +214,15 @@ def writeMovedArray(node, reference, path, modality=""):
     transform.Concatenate(ijkToRas)
     transform.Concatenate(between)
     transform.Concatenate(rasToIjk)
+    while True:
+        began = transform.GetMTime()
+        yield from _writeResliced(node, reference, transform, path, modality)
+        # It holds the nodes' own transforms: somebody who drags one meanwhile would leave some slices here, some there.
+        if transform.GetMTime() == began:
+            return
 
+
+def _writeResliced(node, reference, transform, path, modality):
     source = slicer.util.arrayFromVolume(node)
     reslice = vtk.vtkImageReslice()
     reslice.SetInputData(_atOrigin(node.GetImageData()))
@@ -210,23 +232,31 @@ def writeMovedArray(node, reference, path, modality=""):
     reslice.SetOutputSpacing(1, 1, 1)
     if source.ndim == 3:
         low = np.inf
-        for slab in _slabs(source.shape, source[0].nbytes):
+        for slab in slabsOf(source):
             low = min(low, float(np.fmin.reduce(source[slab], axis=None)))
             yield
         reslice.SetBackgroundLevel(_outside(low, modality))
     columns, rows, slices = sizeOf(reference)
     shape = (slices, rows, columns) + ((3,) if source.ndim == 4 else ())
-    step = max(1, CHUNK_VOXELS // columns)
+    step = smallest = max(1, CHUNK_VOXELS // columns)
     from vtk.util.numpy_support import vtk_to_numpy
 
     with _npyFile(path, source.dtype, shape) as write:
-        for k, j in itertools.product(range(slices), range(0, rows, step)):
-            last = min(j + step, rows) - 1
-            reslice.SetOutputExtent(0, columns - 1, j, last, k, k)
-            reslice.Update()
-            part = vtk_to_numpy(reslice.GetOutput().GetPointData().GetScalars())
-            write(part.reshape(last + 1 - j, columns, -1)[..., :3])
-            yield
+        for k in range(slices):
+            j = 0
+            while j < rows:
+                end = min(j + step, rows)
+                began = time.monotonic()
+                reslice.SetOutputExtent(0, columns - 1, j, end - 1, k, k)
+                reslice.Update()
+                part = vtk_to_numpy(reslice.GetOutput().GetPointData().GetScalars())
+                write(part.reshape(end - j, columns, -1)[..., :3])
+                seconds, j = time.monotonic() - began, end
+                if seconds < CHUNK_SECONDS / 2:
+                    step = min(2 * step, rows)
+                elif seconds > CHUNK_SECONDS:
+                    step = smallest
+                yield
 
 
 def _atOrigin(image):
@@ -246,15 +276,34 @@ def _outside(low, modality):
 # ----------------------------------------------------------------------------------------- from the worker
 
 
-def readImage(path, image):
-    """Fill a new vtkImageData from the .npy file that the worker wrote, (k, j, i) or (k, j, i, 3); a generator."""
-    from vtk.util.numpy_support import get_vtk_array_type, vtk_to_numpy
-
+def readImage(path):
+    """A vtkImageData of the .npy file that the worker wrote, (k, j, i) or (k, j, i, 3); a generator that returns it."""
     source = np.load(path, mmap_mode="r", allow_pickle=False)
-    components = source.shape[3] if source.ndim == 4 else 1
-    image.SetDimensions(*source.shape[2::-1])
-    image.AllocateScalars(get_vtk_array_type(source.dtype), components)
-    target = vtk_to_numpy(image.GetPointData().GetScalars()).reshape(source.shape)
-    for slab in _slabs(source.shape, source[0].nbytes):
+    image, target = newImage(source.shape, source.dtype)
+    for slab in slabsOf(source):
         target[slab] = source[slab]
         yield
+    return image
+
+
+def newImage(shape, dtype):
+    """A vtkImageData and its voxels, (k, j, i) or (k, j, i, components), which are still to be written."""
+    from vtk.util.numpy_support import get_vtk_array_type, vtk_to_numpy
+
+    image = vtk.vtkImageData()
+    image.SetDimensions(*shape[2::-1])
+    image.AllocateScalars(get_vtk_array_type(np.dtype(dtype)), shape[3] if len(shape) == 4 else 1)
+    return image, vtk_to_numpy(image.GetPointData().GetScalars()).reshape(shape)
+
+
+def greatestOf(image):
+    """The largest absolute value; a generator that returns it."""
+    from vtk.util.numpy_support import vtk_to_numpy
+
+    columns, rows, slices = image.GetDimensions()
+    array = vtk_to_numpy(image.GetPointData().GetScalars()).reshape(slices, rows, columns)
+    greatest = 0.0
+    for slab in slabsOf(array):
+        greatest = max(greatest, abs(float(array[slab].min())), abs(float(array[slab].max())))
+        yield
+    return greatest

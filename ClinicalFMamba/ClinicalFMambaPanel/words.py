@@ -1,5 +1,7 @@
 """Words for the user that more than one place needs."""
 
+import re
+
 from slicer.i18n import tr as _
 
 METRIC_WORDS = {
@@ -10,6 +12,27 @@ METRIC_WORDS = {
     "QABF": _("Edges of the sources that were kept, 0 to 1; higher is better"),
     "SSIM": _("Structural similarity with both sources, 0 to 1; higher is better"),
 }
+
+
+# What the engine tells who works at the command line to do, and where the panel has it; the longer ones first.
+_IN_THE_PANEL = (
+    ("use --resample to interpolate B onto A's grid", _('switch on "Resample B onto A"')),
+    ("raise --max-memory", _('raise the "Memory limit" in the section Advanced')),
+    ("give one with --model NAME or the path of a .safetensors file", _('choose one at "Model"')),
+    ("give a 2D model with --model", _('choose a 2D model at "Model"')),
+    ("(--model mri-ct-2d)", _('(mri-ct-2d at "Model")')),
+    ("use --device cpu or auto", _('choose "CPU" or "Automatic" at "Device"')),
+    ("use --device cpu", _('choose "CPU" at "Device"')),
+)
+
+
+def inThePanel(message):
+    """A message of the engine with the panel's ways out in place of those of the command line."""
+    for there, here in _IN_THE_PANEL:
+        message = message.replace(there, here)
+    # Never by pip in Slicer: it would pick another build, or replace packages that Slicer was built with.
+    again = _('reinstall PyTorch in the module "PyTorch Utils" and restart Slicer')
+    return re.sub(r"install (it )?with: pip install .*", lambda _match: again, message)
 
 
 def durationInWords(seconds):

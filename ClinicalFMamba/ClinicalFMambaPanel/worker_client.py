@@ -11,6 +11,9 @@ import time
 # A worker that computes still answers pings, in its reading thread: silence is no long forward pass.
 PING_SECONDS = 10.0
 SILENT_SECONDS = 60.0
+# Until it is ready it may say nothing for long: importing torch from a cold disk beside a virus scanner.
+STARTING_SECONDS = 180.0
+TURN_SECONDS = 5.0  # between two calls of watch() at most, unless the event loop stood still
 LOG_LINES = 60
 
 
@@ -36,7 +39,7 @@ class WorkerClient:
         self._pending = b""
         self._log = []
         self._hasSpoken = self._isReady = False
-        self._heard = self._pinged = 0.0
+        self._heard = self._pinged = self._watched = 0.0
         self.ready = None  # the last worker's ready event, kept when that worker has ended: the machine is the same
 
     @property
@@ -64,7 +67,7 @@ class WorkerClient:
         self._gone.clear()
         self._pending, self._log = b"", []
         self._hasSpoken = self._isReady = False
-        self._heard = self._pinged = self._clock()
+        self.beginWatch()
         process = None
 
         def mine(function):
@@ -92,7 +95,12 @@ class WorkerClient:
         if not self.isRunning:
             return
         now = self._clock()
-        if now - self._heard > SILENT_SECONDS:
+        stoodStill = now - self._watched
+        self._watched = now
+        if stoodStill > TURN_SECONDS:
+            # Slicer was busy, or the computer slept: what the worker has said meanwhile is still to be read.
+            self._heard = min(now, self._heard + stoodStill)
+        if now - self._heard > (SILENT_SECONDS if self._isReady else STARTING_SECONDS):
             self._giveUp("silent", f"it has not answered for {now - self._heard:.0f} seconds")
         elif now - max(self._heard, self._pinged) > PING_SECONDS:
             self._pinged = now
@@ -100,7 +108,7 @@ class WorkerClient:
 
     def beginWatch(self):
         """Silence counts from now on: nothing was expected before."""
-        self._heard = self._pinged = self._clock()
+        self._heard = self._pinged = self._watched = self._clock()
 
     def kill(self):
         """End the worker at once; nobody is told."""

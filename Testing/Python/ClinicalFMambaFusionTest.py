@@ -1,6 +1,5 @@
 """The phantom through the real engine, clicked in the panel; skipped, loudly, where torch is not installed."""
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -28,8 +27,9 @@ from clinicalfmamba_selftest import (
 from ClinicalFMambaPanel import result_nodes, sample_data
 from ClinicalFMambaPanel.logic import ClinicalFMambaLogic
 from ClinicalFMambaPanel.process import pythonExecutable
+from ClinicalFMambaPanel.requirements import Requirements
 
-MISSING = [name for name in ("torch", "safetensors") if importlib.util.find_spec(name) is None]
+MISSING = Requirements().describeMissing()
 
 # Weights that were never trained, so that the tests need none that are bundled.
 TINY = """
@@ -44,7 +44,7 @@ for name, dimension, modalities in (("2d", 2, "MR,CT"), ("3d", 3, "MR,MR")):
 """
 
 
-@unittest.skipIf(MISSING, f"NOTHING WAS FUSED: {' and '.join(MISSING)} not installed in this Python")
+@unittest.skipIf(MISSING, f"NOTHING WAS FUSED: {MISSING}")
 class FusionTest(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
@@ -150,7 +150,7 @@ class FusionTest(unittest.TestCase):
         self.assertIsNotNone(self.fuse())
 
     def test_overhead_and_event_loop(self):
-        """Warm, 128³: the click costs at most half a second more than the engine, and the panel never freezes."""
+        """Warm, 128 voxels a side: the click costs at most 0.5 s more than the engine, and the panel never freezes."""
         own = OwnTurns()
         self.panel.setLogic(ClinicalFMambaLogic(makeTimer=own.makeTimer, makeProcess=own.makeProcess))
         self.logic = self.panel.logic

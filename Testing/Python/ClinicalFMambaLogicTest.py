@@ -33,6 +33,7 @@ from clinicalfmamba_selftest import (
     snapshot,
     spin,
 )
+from ClinicalFMambaPanel import logic as logic_module
 from ClinicalFMambaPanel import requirements, result_nodes
 from ClinicalFMambaPanel.logic import ClinicalFMambaLogic, FusionError
 from ClinicalFMambaPanel.process import pythonExecutable
@@ -142,11 +143,17 @@ class Fusing(LogicTestCase):
     def test_result_is_where_a_was(self):
         logic = self.logic("--seconds", "0.5")
         outcomes = Outcomes(logic)
+        early, late = addTransform("early", shift=(1, 0, 0)), addTransform("late", shift=(9, 9, 9))
+        self.b.SetAndObserveTransformNodeID(early.GetID())
         logic.fuse(self.a, self.b)
         spin(lambda: outcomes.stage == "Fusing")
-        self.a.SetAndObserveTransformNodeID(addTransform("late", shift=(9, 9, 9)).GetID())
+        for node in (self.a, self.b):
+            node.SetAndObserveTransformNodeID(late.GetID())
         _name, fused = outcomes.next()
         self.assertIsNone(fused.GetParentTransformNode())
+        provenance = logic.results(fused).provenance
+        self.assertIn("1.0 mm apart", provenance["grid_difference"])
+        self.assertEqual([provenance["slicer"][f"volume_{key}"]["transform"] for key in "ab"], ["", "early"])
 
     def test_colour(self):
         rgb = np.repeat((smooth((20, 30, 40), 1) // 5)[..., None], 3, axis=-1).astype(np.uint8)
@@ -156,6 +163,11 @@ class Fusing(LogicTestCase):
         self.assertEqual(fused.GetClassName(), "vtkMRMLVectorVolumeNode")
         self.assertIn("cannot hold", logic.problemWith(self.a, self.b, fused))
         self.assertIn("both in colour", logic.problemWith(b, fused))
+        # As the selector of the panel makes one, which knows nothing of colour.
+        empty = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", "mine")
+        mine = logic.fuse(self.a, b, empty, waitForCompletion=True)
+        self.assertEqual((mine.GetClassName(), mine.GetName()), ("vtkMRMLVectorVolumeNode", "mine"))
+        self.assertIsNone(empty.GetScene())
 
     def test_what_cannot_be_fused(self):
         logic = self.logic()
@@ -180,9 +192,11 @@ class Fusing(LogicTestCase):
     def test_choices_of_another_version(self):
         logic = self.logic()
         node = super(ClinicalFMambaLogic, logic).getParameterNode()
-        node.SetParameter("windowA", "LUNG")
-        node.SetParameter("windowB", "BONE")
-        parameters = logic.getParameterNode()
+        # Told in the end: a panel that is open, as none is while a scene is loaded, could not read the first.
+        with slicer.util.NodeModify(node):
+            node.SetParameter("windowA", "LUNG")
+            node.SetParameter("windowB", "BONE")
+            parameters = logic.getParameterNode()
         self.assertEqual((parameters.windowA.value, parameters.windowB.value), ("auto", "bone"))
 
     def test_engine_can_be_stopped_and_starts_again(self):
@@ -234,6 +248,43 @@ class Cancelling(LogicTestCase):
         self.assertTrue(logic.engineRuns and isAlive(pid))
         logic.cancel()  # of nothing
         self.assertEqual(outcomes.all, [])
+
+    def test_the_next_fusion_waits_for_no_torch(self):
+        """A worker that obeys is kept, whenever the user cancels, and however soon he goes on."""
+        logic = self.logic("--seconds", "0.4", "--steps", "20")
+        outcomes = Outcomes(logic)
+        pid = self.pidOf(logic.fuse(self.a, self.b, waitForCompletion=True))
+        for stage in ("Handing over the volumes", "Fusing", "Taking over the result"):
+            with self.subTest(cancelled=stage):
+                self.scene = snapshot()
+                outcomes.all.clear()
+                outcomes.progress.clear()
+                stop = lambda now, _fraction, stage=stage: logic.cancel() if now == stage else None  # noqa: E731
+                logic.progress.connect(stop)
+                logic.fuse(self.a, self.b)
+                spin(lambda: not logic.isBusy)
+                logic.progress.disconnect(stop)
+                self.assertEqual([name for name, _argument in outcomes.all], ["cancelled"])
+                self.assertSceneUnchanged()
+                self.assertEqual(self.pidOf(logic.fuse(self.a, self.b, waitForCompletion=True)), pid)
+                self.assertEqual(leftovers(logic), [])
+
+    def test_while_the_worker_starts(self):
+        """Importing torch takes longer than a worker is given to obey; it goes on, for the next fusion."""
+        logic = self.logic("--mode", "slow start")
+        outcomes = Outcomes(logic)
+        kept, logic_module.CANCEL_SECONDS = logic_module.CANCEL_SECONDS, 0.3
+        try:
+            logic.fuse(self.a, self.b)
+            process = logic._client._process
+            spin(lambda: outcomes.stage == "Starting the fusion engine")
+            logic.cancel()
+            self.assertEqual(outcomes.next()[0], "cancelled")
+            self.assertFused(logic.fuse(self.a, self.b, waitForCompletion=True))
+            self.assertIs(logic._client._process, process)
+            self.assertEqual(logic._abandoned, {})
+        finally:
+            logic_module.CANCEL_SECONDS = kept
 
     def test_at_once(self):
         logic = self.logic()
@@ -359,11 +410,43 @@ class Failing(LogicTestCase):
         outcomes = Outcomes(logic)
         logic.fuse(self.a, self.b)
         spin(lambda: outcomes.stage == "Fusing")
-        ahead[0] = 100.0
+        self.passTime(logic, ahead, 100)
         name, error = outcomes.next()
         self.assertEqual((name, error.kind, error.retry), ("failed", "silent", "again"))
         self.assertSceneUnchanged()
         self.assertFalse(logic.engineRuns)
+
+    def passTime(self, logic, ahead, seconds):
+        """As if so many seconds passed in which the worker could answer and the event loop runs."""
+        for _ in range(int(seconds / 4)):
+            ahead[0] += 4
+            logic._watch()
+            slicer.app.processEvents()
+
+    def test_silent_from_the_start(self):
+        ahead = [0.0]
+        logic = self.logic("--mode", "mute", clock=lambda: time.monotonic() + ahead[0])
+        outcomes = Outcomes(logic)
+        logic.fuse(self.a, self.b)
+        spin(lambda: outcomes.stage == "Starting the fusion engine")
+        # Importing torch from a cold disk may take minutes.
+        self.passTime(logic, ahead, 120)
+        self.assertTrue(logic.isBusy)
+        self.passTime(logic, ahead, 120)
+        name, error = outcomes.next()
+        self.assertEqual((name, error.kind, error.retry), ("failed", "silent", "again"))
+        self.assertSceneUnchanged()
+
+    def test_a_slicer_that_stood_still_takes_nobody_for_silent(self):
+        """Slicer was busy, or the computer slept: not the worker said nothing, but nobody could listen."""
+        ahead = [0.0]
+        logic = self.logic("--seconds", "0.5", clock=lambda: time.monotonic() + ahead[0])
+        outcomes = Outcomes(logic)
+        logic.fuse(self.a, self.b)
+        spin(lambda: outcomes.stage == "Fusing")
+        ahead[0] = 3600.0
+        logic._watch()
+        self.assertEqual(outcomes.next()[0], "finished")
 
     def test_a_worker_that_computes_for_long_is_not_silent(self):
         ahead = [0.0]
@@ -371,10 +454,12 @@ class Failing(LogicTestCase):
         outcomes = Outcomes(logic)
         logic.fuse(self.a, self.b)
         spin(lambda: outcomes.stage == "Fusing")
-        for _ in range(3):
-            ahead[0] += 30.0
-            heard = logic._client._heard
-            spin(lambda heard=heard: logic._client._heard > heard)
+        for _ in range(30):
+            ahead[0] += 4
+            pinged, heard = logic._client._pinged, logic._client._heard
+            logic._watch()
+            if logic._client._pinged > pinged:
+                spin(lambda heard=heard: logic._client._heard > heard)
         self.assertEqual(outcomes.next()[0], "finished")
 
     def test_does_not_start(self):
@@ -396,6 +481,13 @@ class Failing(LogicTestCase):
         self.assertIn("could not be handed over", str(error))
         self.assertSceneUnchanged()
         self.assertFused(logic.fuse(self.a, self.b, waitForCompletion=True))
+
+    def test_disk_is_full_when_the_worker_answers(self):
+        if os.name == "nt":
+            self.skipTest("a process cannot be kept from writing on Windows")
+        error = self.fail(self.logic("--mode", "disk"))
+        self.assertEqual(error.retry, "again")
+        self.assertRegex(str(error), "the result cannot be written .*too large.*; free space there")
 
     def test_input_error_in_the_workers_words(self):
         flat = addVolume("flat", np.zeros((20, 30, 40, 3), np.uint8))

@@ -1,6 +1,8 @@
 """Volume nodes to arrays and back, transforms, result nodes; no worker, no torch."""
 
+import ast
 import json
+import sys
 import tempfile
 import unittest
 from pathlib import Path
@@ -10,9 +12,10 @@ import slicer
 import vtk
 from clinicalfmamba_selftest import addTransform, addVolume, addWarp, ijkOf, run, sampled, smooth, snapshot, worldOf
 from ClinicalFMambaPanel import display, result_nodes, sample_data, volume_nodes
+from ClinicalFMambaPanel.process import inTurns
 from ClinicalFMambaPanel.report import writeReport
 from ClinicalFMambaPanel.signals import Signal
-from ClinicalFMambaPanel.words import durationInWords
+from ClinicalFMambaPanel.words import durationInWords, inThePanel
 
 TRANSFORMS = {
     "none": lambda: None,
@@ -52,8 +55,7 @@ class Reading(NodeTestCase):
                 node = addVolume("A", array)
                 exhaust(volume_nodes.writeArray(node, self.path()))
                 np.testing.assert_array_equal(np.load(self.path()), array)
-                image = vtk.vtkImageData()
-                exhaust(volume_nodes.readImage(self.path(), image))
+                image = inTurns(volume_nodes.readImage(self.path()))
                 node.SetAndObserveImageData(image)
                 np.testing.assert_array_equal(slicer.util.arrayFromVolume(node), array)
                 self.assertEqual(slicer.util.arrayFromVolume(node).dtype, array.dtype)
@@ -85,6 +87,13 @@ class Reading(NodeTestCase):
         wide = addVolume("wide", np.zeros((2, 3, 4, 3), np.int16))
         self.assertIn("3 values of type short", volume_nodes.problemOf(wide, "A"))
         self.assertEqual(volume_nodes.problemOf(addVolume("A"), "A"), "")
+        flat = addVolume("flat")
+        squeeze = vtk.vtkMatrix4x4()
+        squeeze.SetElement(2, 2, 0.0)
+        transform = addTransform("squeeze")
+        transform.SetMatrixTransformToParent(squeeze)
+        flat.SetAndObserveTransformNodeID(transform.GetID())
+        self.assertIn("flat in space", volume_nodes.problemOf(flat, "A"))
         for className, kind in (
             ("vtkMRMLLabelMapVolumeNode", "LabelMapVolume"),
             ("vtkMRMLSegmentationNode", "Segmentation"),
@@ -163,6 +172,22 @@ class Grids(NodeTestCase):
                     got = moved[points[:, 2], points[:, 1], points[:, 0]][inside]
                     self.assertLess(np.abs(got - expected[inside]).max(), 1.01)
 
+    def test_transform_that_is_dragged_while_b_is_moved(self):
+        """Never some slices here and some there: B is where the transform leaves it in the end."""
+        warp, shift = addWarp("warp"), addTransform("shift", shift=(2, 0, 0))
+        a, b = addVolume("A"), addVolume("B", seed=1)
+        a.SetAndObserveTransformNodeID(warp.GetID())
+        b.SetAndObserveTransformNodeID(shift.GetID())
+        steps = volume_nodes.writeMovedArray(b, a, self.path())
+        for _ in range(8):
+            next(steps)
+        moved = vtk.vtkMatrix4x4()
+        moved.SetElement(1, 3, 5.0)
+        shift.SetMatrixTransformToParent(moved)
+        exhaust(steps)
+        exhaust(volume_nodes.writeMovedArray(b, a, self.path("again.npy")))
+        np.testing.assert_array_equal(np.load(self.path()), np.load(self.path("again.npy")))
+
     def test_linear_transforms_through_the_engine_agree(self):
         """What the worker does with the geometry is what vtkImageReslice does with the transforms."""
         from ClinicalFMambaLib.volumes import Volume, resample_onto
@@ -218,8 +243,7 @@ class Writing(NodeTestCase):
     def put(self, a, b, output=None, array=None, name="fused", **parts):
         array = smooth((20, 30, 40), 2) if array is None else array
         np.save(self.path(), array)
-        image = vtk.vtkImageData()
-        exhaust(volume_nodes.readImage(self.path(), image))
+        image = inTurns(volume_nodes.readImage(self.path()))
         event = self.event(a, b, **parts)
         place = result_nodes.Place.of(a)
         output = result_nodes.putVolume(output, image, place, a, event, name)
@@ -252,7 +276,7 @@ class Writing(NodeTestCase):
         a, b = addVolume("A"), addVolume("B")
         fused = self.put(a, b)
         nodes = snapshot()
-        difference = result_nodes.putDifference(fused).GetID()
+        difference = inTurns(result_nodes.putDifference(fused)).GetID()
         again = self.put(a, b, fused, smooth((20, 30, 40), 3), metrics={"EN": 1.0})
         self.assertIs(again, fused)
         np.testing.assert_array_equal(slicer.util.arrayFromVolume(fused), smooth((20, 30, 40), 3))
@@ -330,26 +354,33 @@ class Writing(NodeTestCase):
     def test_difference(self):
         a, b = addVolume("A"), addVolume("B")
         fused = self.put(a, b)
-        difference = result_nodes.putDifference(fused)
+        difference = inTurns(result_nodes.putDifference(fused))
         expected = smooth((20, 30, 40), 2).astype(int) - slicer.util.arrayFromVolume(a)
         self.assertLessEqual(np.abs(slicer.util.arrayFromVolume(difference) - expected).max(), 1)
-        self.assertIs(result_nodes.putDifference(fused), difference)
+        self.assertIs(inTurns(result_nodes.putDifference(fused)), difference)
+        # Another fusion has ended in between.
+        steps = result_nodes.putDifference(fused)
+        next(steps)
+        self.put(a, b, fused)
+        with self.assertRaisesRegex(ValueError, "changed meanwhile"):
+            exhaust(steps)
         with self.assertRaisesRegex(ValueError, "no result"):
-            result_nodes.putDifference(a)
+            inTurns(result_nodes.putDifference(a))
         slicer.mrmlScene.RemoveNode(a)
         with self.assertRaisesRegex(ValueError, "no longer in the scene"):
-            result_nodes.putDifference(fused)
+            inTurns(result_nodes.putDifference(fused))
 
     def test_difference_has_its_colours_also_after_a_scene_was_closed(self):
         for _ in range(2):
             slicer.mrmlScene.Clear()
-            difference = result_nodes.putDifference(self.put(*self.pair()))
+            difference = inTurns(result_nodes.putDifference(self.put(*self.pair())))
             colours = difference.GetDisplayNode().GetColorNode()
             self.assertEqual(colours.GetNumberOfColors(), 256)
             colour = [0.0] * 4
             colours.GetColor(255, colour)
             np.testing.assert_allclose(colour, (1.0, 0.3, 0.2, 1.0), atol=0.01)
-        self.assertIs(result_nodes.putDifference(self.put(*self.pair())).GetDisplayNode().GetColorNode(), colours)
+        another = inTurns(result_nodes.putDifference(self.put(*self.pair())))
+        self.assertIs(another.GetDisplayNode().GetColorNode(), colours)
 
     @staticmethod
     def pair():
@@ -466,6 +497,15 @@ class Views(NodeTestCase):
 
 
 class SampleDataTest(NodeTestCase):
+    def test_slicer_without_that_module(self):
+        hidden, sys.modules["SampleData"] = sys.modules.get("SampleData"), None
+        try:
+            sample_data.register()
+        finally:
+            del sys.modules["SampleData"]
+            if hidden is not None:
+                sys.modules["SampleData"] = hidden
+
     def test_phantom_is_registered_and_made_here(self):
         sample_data.register()
         # After the module was reloaded.
@@ -508,6 +548,26 @@ class Small(unittest.TestCase):
         signal.disconnect(got.append)
         signal.emit(2)
         self.assertEqual(got, [1])
+
+    def test_no_message_sends_the_user_to_the_command_line(self):
+        """Neither what the engine says now nor what somebody adds to it."""
+        import ClinicalFMambaLib
+
+        folder = Path(ClinicalFMambaLib.__file__).parent
+        found = 0
+        for path in [folder / "volumes.py", folder / "config.py", *sorted((folder / "inference").glob("*.py"))]:
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                for text in ast.walk(node) if isinstance(node, (ast.Raise, ast.Assign, ast.Return)) else ():
+                    value = getattr(text, "value", None)
+                    if isinstance(text, ast.Constant) and isinstance(value, str) and " --" in f" {value}":
+                        found += 1
+                        self.assertNotRegex(inThePanel(value), r"--\w", f"{path.name}: see words.py")
+        self.assertGreater(found, 3)
+        self.assertEqual(
+            inThePanel("fusing needs torch>=2.4, which cannot be imported (x); install with: pip install 'torch>=2.4'"),
+            "fusing needs torch>=2.4, which cannot be imported (x); "
+            'reinstall PyTorch in the module "PyTorch Utils" and restart Slicer',
+        )
 
     def test_duration(self):
         self.assertEqual(

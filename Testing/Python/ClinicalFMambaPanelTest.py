@@ -15,6 +15,7 @@ from clinicalfmamba_selftest import (
     OwnTurns,
     addTransform,
     addVolume,
+    addWarp,
     bestOf,
     ijkOf,
     isAlive,
@@ -132,6 +133,8 @@ class Showing(PanelTestCase):
         self.ui.resampleCheckBox.checked = False
         self.assertIn("another grid", self.ui.fuseButton.toolTip)
         self.assertFalse(self.ui.fuseButton.enabled)
+        b.SetAndObserveTransformNodeID(addWarp("warp").GetID())
+        self.assertIn("non-linear", self.ui.fuseButton.toolTip)
         b.SetAndObserveTransformNodeID(None)
         self.assertTrue(self.ui.fuseButton.enabled)
         b.SetOrigin(0, 0, 0)
@@ -225,6 +228,24 @@ class Showing(PanelTestCase):
         self.p.modelFile = "/else/where/weights.safetensors"
         self.assertEqual(self.ui.modelFileEdit.currentPath, "/else/where/weights.safetensors")
 
+    def test_what_was_shown_is_let_go(self):
+        """Each time the panel is shown it wraps the parameters anew; the wrapper before shall not listen for ever."""
+        before = self.panel._parameterNode
+        slicer.util.selectModule("Data")
+        slicer.util.selectModule("ClinicalFMamba")
+        self.assertIsNot(before, self.panel._parameterNode)
+        held = list(self.panel._VTKObservationMixin__observations)
+        self.assertIn(before.parameterNode, held)
+        self.assertFalse([thing for thing in held if not thing.IsA("vtkMRMLNode") and thing is not slicer.mrmlScene])
+
+    def test_voxels_of_a_closed_scene_are_let_go(self):
+        self.choose()
+        self.fuse()
+        slicer.mrmlScene.Clear()
+        self.assertEqual(self.panel._observedVolumes, {})
+        for holder in (self.panel._VTKObservationMixin__observations, vars(self.logic).values()):
+            self.assertFalse([thing for thing in holder if "Volume" in str(type(thing))])
+
     def test_two_panels(self):
         """A script may make another one; both show the same choices, each has its own engine."""
         second = type(self.panel)()
@@ -311,6 +332,73 @@ class Fusing(PanelTestCase):
                 self.assertGreater(inside.sum(), 100)
                 self.assertGreater(np.corrcoef(added[inside], expected[inside])[0, 1], 0.999)
 
+    def test_whatever_holds_the_voxels(self):
+        """Every type of intensities, every direction of the axes, no display node; A and B are not changed."""
+        grey = smooth((20, 30, 40), 1)
+        holes = grey.astype(np.float32)
+        holes[3, 4, 5], holes[5, 4, 3] = np.nan, np.inf
+        cases = [
+            (np.dtype(name).name, (grey // 5).astype(name), (1.5, 1.0, 2.0))
+            for name in ("u1", "i1", "u2", "i2", "u4", "i4", "f4", "f8")
+        ]
+        cases += [
+            ("NaN and infinity", holes, (1.5, 1.0, 2.0)),
+            ("constant", np.zeros_like(grey), (1.5, 1.0, 2.0)),
+            ("one slice", grey[:1], (1.5, 1.0, 2.0)),
+            ("mirrored axes", grey, (-1.5, 1.0, 2.0)),
+            ("all axes mirrored", grey, (-1.5, -1.0, -2.0)),
+            ("colour", np.repeat((grey // 5).astype(np.uint8)[..., None], 3, axis=-1), (1.5, 1.0, 2.0)),
+            ("colour with alpha", np.repeat((grey // 5).astype(np.uint8)[..., None], 4, axis=-1), (1.5, 1.0, 2.0)),
+        ]
+        for name, array, spacing in cases:
+            for asA in (False, True):
+                with self.subTest(b=name, asA=asA):
+                    slicer.mrmlScene.Clear()
+                    self.p = self.panel._parameterNode
+                    odd, plain = addVolume(name, array, spacing), addVolume("T1", array=None, spacing=spacing)
+                    odd.RemoveAllDisplayNodeIDs()
+                    self.choose(*((odd, plain) if asA else (plain, odd)))
+                    self.p.windowA = self.p.windowB = Window.DISPLAYED
+                    nodes = (odd, plain)
+                    before = [slicer.util.arrayFromVolume(node).copy() for node in nodes]
+                    fused = self.fuse()
+                    self.assertTrue(self.ui.errorFrame.isHidden(), self.ui.errorLabel.text)
+                    self.assertEqual(fused.GetClassName(), odd.GetClassName())
+                    a = self.p.volumeA
+                    self.assertEqual(fused.GetImageData().GetDimensions(), a.GetImageData().GetDimensions())
+                    corners = [(0, 0, 0), (3, 2, 1)]
+                    np.testing.assert_allclose(worldOf(fused, corners), worldOf(a, corners))
+                    for node, kept in zip(nodes, before):
+                        np.testing.assert_array_equal(slicer.util.arrayFromVolume(node), kept)
+                    self.ui.differenceButton.click()
+                    self.assertTrue(self.ui.errorFrame.isHidden(), self.ui.errorLabel.text)
+
+    def test_renamed_while_it_runs(self):
+        self.take("--seconds", "0.5", "--steps", "10")
+        self.choose()
+        fused = self.fuse()
+        self.start()
+        fused.SetName("mine")
+        self.p.volumeA.SetName("T1 post")
+        spin(lambda: not self.logic.isBusy)
+        self.assertIs(self.p.fusedVolume, fused)
+        self.assertEqual((fused.GetName(), self.ui.resultLabel.text), ("mine", "mine"))
+        self.assertEqual(self.logic.results(fused).provenance["inputs"]["a"]["name"], "T1")
+
+    def test_new_volume_from_the_selector(self):
+        """It makes a grey one, whatever comes; the result is in it, or in one of its name."""
+        rgb = np.repeat((smooth((20, 30, 40), 1) // 5)[..., None], 3, axis=-1).astype(np.uint8)
+        for b, className in (("CT", "vtkMRMLScalarVolumeNode"), ("SPECT", "vtkMRMLVectorVolumeNode")):
+            with self.subTest(b=b):
+                self.choose(b=addVolume(b, rgb if b == "SPECT" else None, seed=1))
+                made = self.ui.fusedVolumeSelector.addNode()
+                self.assertIs(self.p.fusedVolume, made)
+                made.SetName(f"with {b}")
+                fused = self.fuse()
+                self.assertEqual((fused.GetClassName(), fused.GetName()), (className, f"with {b}"))
+                self.assertIs(self.ui.fusedVolumeSelector.currentNode(), fused)
+                self.assertEqual(len(slicer.util.getNodes(f"with {b}")), 1)
+
     def test_deleting_the_result_undoes_the_fusion(self):
         self.choose()
         scene = snapshot()
@@ -341,7 +429,7 @@ class Fusing(PanelTestCase):
         self.assertTrue(self.ui.stopEngineButton.isEnabled())
         self.assertFalse(self.ui.classifyCheckBox.isEnabled())
         spin(lambda: "about" in self.ui.statusLabel.text)
-        self.assertRegex(self.ui.statusLabel.text, r"Fusing … about \d s left")
+        self.assertRegex(self.ui.statusLabel.text, "Fusing \N{HORIZONTAL ELLIPSIS} about \\d s left")
         value = self.ui.progressBar.value
         spin(lambda: self.ui.progressBar.value > value)
         self.ui.fuseButton.click()
@@ -448,8 +536,27 @@ class Fusing(PanelTestCase):
             self.assertTrue(Path(path).is_file())
             self.assertIn(path, self.ui.statusLabel.text)
 
+    def test_report_that_cannot_be_saved(self):
+        self.choose()
+        self.fuse()
+        ask, self.panel.askReportPath = self.panel.askReportPath, lambda name: "/no/such/folder/report.html"
+        try:
+            self.ui.reportButton.click()
+        finally:
+            self.panel.askReportPath = ask
+        self.assertIn("cannot be written", self.ui.errorLabel.text)
+        self.assertNotIn("saved", self.ui.statusLabel.text)
+
 
 class Classifying(PanelTestCase):
+    def test_asked_for_before_the_engine_has_said_what_it_offers(self):
+        """In a scene that was saved so."""
+        self.take("--classifier")
+        self.choose()
+        self.p.classify = True
+        self.fuse()
+        self.assertEqual(self.ui.classificationTable.rowCount, 2)
+
     def test_without_a_classifier(self):
         self.choose()
         self.assertFalse(self.ui.classifyCheckBox.enabled)

@@ -32,7 +32,15 @@ class Result:
 def scaled(array):
     array = np.nan_to_num(array.astype(np.float32))
     low, high = float(array.min()), float(array.max())
-    return (array - low) / max(high - low, 1e-6), (low, high)
+    high = max(high, low + 1e-3)  # the engine has no empty window either
+    return (array - low) / (high - low), (low, high)
+
+
+def fillDisk():
+    """Let no file that this process writes grow, as it is on a full disk."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 
 
 class Engine:
@@ -57,6 +65,8 @@ class Engine:
                 os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
             elif mode == "silent":
                 os.kill(os.getpid(), signal.SIGSTOP)
+            elif mode == "disk":
+                fillDisk()
             elif mode == "stuck":  # in a forward pass that looks at nothing
                 time.sleep(60)
             time.sleep(self.arguments.seconds / self.arguments.steps)
@@ -127,6 +137,8 @@ def main():
         return writers[-1]
 
     def make_engine():
+        if arguments.mode == "slow start":
+            time.sleep(1.5)
         device = {"name": "cpu", "reason": "a test asked for it", "free_gib": 8.0}
         classifiers = ()
         if arguments.classifier:

@@ -19,8 +19,8 @@ MINUTES = 10  # a hang shall fail the test, not the run
 
 @pytest.mark.parametrize("file", FILES)
 def test_selftest(file):
-    # Without torch is a case of its own; elsewhere it must be there, or nothing would be fused.
-    without = file == "ClinicalFMambaWithoutTorchTest.py"
+    # As in a Slicer that is new, but for the test that fuses with the real engine.
+    without = file != "ClinicalFMambaFusionTest.py"
     command = [sys.executable, "Testing/host", "--testing", "--additional-module-paths", "ClinicalFMamba"]
     done = subprocess.run(
         [*command, "--python-script", f"Testing/Python/{file}"],

@@ -434,8 +434,8 @@ def wrapped(error):
     [
         (InputError("two\nlines"), "cpu", "InputError", "", "two lines"),
         (WeightsError("corrupt"), "cpu", "WeightsError", "", "corrupt"),
-        (DeviceError("no GPU"), "cpu", "DeviceError", "", "no GPU"),
-        (OutputError("disk full"), "cpu", "InputError", "", "disk full"),
+        (DeviceError("no GPU"), "cuda", "DeviceError", "cpu", "no GPU"),
+        (OutputError("disk full"), "cpu", "InputError", "again", "disk full"),
         (MemoryError(), "cpu", "OutOfMemory", "less-memory", "memory ran out"),
         (MemoryError(), "cuda", "OutOfMemory", "less-memory", "memory ran out"),
         (RuntimeError("CUDA out of memory. Tried"), "cuda", "OutOfMemory", "cpu", "CUDA out of memory"),
