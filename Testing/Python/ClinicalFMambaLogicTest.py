@@ -568,6 +568,30 @@ class Installing(LogicTestCase):
         self.assertNotIn("numpy>", question)
         self.assertEqual([call[0] for call in self.pip], ["no-such-package-1>=1.0", "no-such-package-2>=1.0"])
 
+    def test_what_is_optional_comes_along_and_may_fail(self):
+        optional = requirements.Requirement("no-such-extra", "1.0", "60 MB", "faster", isOptional=True)
+        needed = self.requirements("numpy")
+        needed._requirements.append(optional)
+        self.assertEqual((needed.missing(), needed.describeMissing()), ([], ""))
+        self.assertTrue(needed.ensure())
+        self.assertEqual(self.asked, [])
+        tried = []
+
+        def pip(package):
+            tried.append(package)
+            if package.startswith("no-such-extra"):
+                raise RuntimeError("none for this numpy")
+            del needed._requirements[0]  # it is there now
+
+        missing = requirements.Requirement("no-such-package", "1.0", "5 MB", "a test")
+        needed._requirements, needed._pipInstall = [missing, optional], pip
+        with self.assertLogs(level="WARNING") as log:
+            self.assertTrue(needed.ensure())
+        self.assertEqual(tried, ["no-such-package>=1.0", "no-such-extra>=1.0"])
+        (question,) = self.asked
+        self.assertIn("no-such-extra>=1.0 (faster, 60 MB)", question)
+        self.assertIn("none for this numpy", log.output[0])
+
     def test_declined(self):
         needed = self.requirements("no-such-package", answer=False)
         self.assertFalse(needed.ensure())
