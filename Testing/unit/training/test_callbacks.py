@@ -57,6 +57,7 @@ WRONG = {
     "grey": (np.full_like(A, 0.5), ["washed out"]),
     "first alone": (A, ["CT ignored"]),
     "second alone": (B, ["MRI ignored"]),
+    "second with a trace of the first": (0.9 * B + 0.1 * A, ["MRI ignored"]),
 }
 
 
