@@ -34,7 +34,7 @@ from .evaluate import (
     summarise,
     write_tables,
 )
-from .metrics import METRICS
+from .metrics import IGNORED_SHARE, METRICS
 from .pictures import make_example, save_chart, save_example
 
 # The metrics that the mean rank is taken over: each has a better direction, and they pull in different ones.
@@ -246,6 +246,12 @@ def findings(rows: Sequence[Row], summary: dict) -> list[str]:
         best = [m for m in summary[MODEL] if ranking(summary, m, fusions)[:1] == [MODEL]]
         if len(fusions) > 1:
             texts.append(f"{MODEL} is the best fusion on {', '.join(best) if best else 'no metric'}.")
+        share = summary[MODEL].get("SHARE", {}).get("mean", math.nan)
+        if share < IGNORED_SHARE:
+            texts.append(
+                f"{MODEL} nearly copies one source: the other one makes up {share:.0%} of the fused images. High"
+                " numbers do not show what that loses; look at the pictures."
+            )
     winners = trivial_winners(summary)
     if winners:
         listed = "; ".join(

@@ -14,16 +14,15 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from ..errors import Stopped, TrainingError
+from ..evaluation.metrics import IGNORED_SHARE, source_shares
 from ..files import replacing
 from .losses import magnitude, slices
 
 logger = logging.getLogger(__name__)
 
 # Measured over whole data sets of MRI-CT and MRI-SPECT pairs: the plain average keeps half of the edge strength, the
-# maximum 0.7 to 0.8; a fusion that shows both sources in grey holds a share of at least 0.3 of each. One of two MRI
-# contrasts with 0.17 to 0.19 was first by its metrics and had lost what enhances.
+# maximum 0.7 to 0.8.
 WASHED_OUT = 0.55
-IGNORED = 0.2
 # Of the first epoch's mean loss; training that works has lost more than this by then.
 CONVERGED = 0.98
 # Share of the training before which fused images are not judged: averaged weights lag behind.
@@ -102,7 +101,7 @@ class FailureSignatures(pl.Callback):
             return
         a, b = batch[:, 0].float(), batch[:, 1].float()
         fused = outputs["fused"].float()
-        self._sums.append(torch.stack([_sharpness(fused, a, b), *shares(fused, a, b)]))
+        self._sums.append(torch.stack([_sharpness(fused, a, b), *_shares(fused, a, b)]))
         self._cmca = _cmca_range(module.model, a, b)
 
     def on_validation_epoch_end(self, trainer, module) -> None:
@@ -127,7 +126,7 @@ class FailureSignatures(pl.Callback):
                 f"{name} ignored",
                 f"it makes up {value:.0%} of the fused images, the other source {other:.0%}: look at the pictures,"
                 " which metrics do not replace; check data.order and the windows, raise loss.ssim"
-                if value < IGNORED <= other
+                if value < IGNORED_SHARE <= other
                 else "",
             )
 
@@ -151,19 +150,10 @@ def _sharpness(fused, a, b) -> torch.Tensor:
     return magnitude(slices(fused)).mean() / strongest.clamp(min=1e-6)
 
 
-def shares(fused: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Coefficients of the two sources in the least-squares fit of the fused image, where either is not black.
-
-    NaN where they cannot be told apart (a constant source, or equal ones).
-    """
-    inside = (a > 0.02) | (b > 0.02)
-    columns = [x[inside].double() - x[inside].double().mean() for x in (a, b, fused)]
-    aa, bb, ab = ((columns[i] * columns[j]).sum() for i, j in ((0, 0), (1, 1), (0, 1)))
-    af, bf = ((columns[i] * columns[2]).sum() for i in (0, 1))
-    determinant = aa * bb - ab**2
-    if not determinant > 1e-4 * aa * bb:
-        return torch.full((), torch.nan), torch.full((), torch.nan)
-    return ((bb * af - ab * bf) / determinant).float().cpu(), ((aa * bf - ab * af) / determinant).float().cpu()
+def _shares(fused, a, b) -> list[torch.Tensor]:
+    """:func:`.source_shares` of a whole batch."""
+    images = (x.detach().cpu().flatten(0, -2).numpy() for x in (fused, a, b))
+    return [fused.new_tensor(share) for share in source_shares(*images)]
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from scipy import ndimage
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from ClinicalFMambaLib.errors import InputError
-from ClinicalFMambaLib.evaluation.metrics import METRICS, _edge_map, evaluate_all, fmi, nabf, qabf, vif
+from ClinicalFMambaLib.evaluation.metrics import METRICS, _edge_map, evaluate_all, fmi, nabf, qabf, source_shares, vif
 
 # PSNR, SSIM, MS-SSIM, FSIM, VIF: piq 0.8.0 in float64 (ssim with downsample=False, fsim with chromatic=False), mean
 # over the two sources, for VIF the sum. SCD, QABF, NABF, FMI-pixel: MetricsLab (github.com/CharlesShan-hub/MetricsLab,
@@ -314,7 +314,7 @@ def test_few_slices(name):
     ("name", "expected"),
     [
         ("PSNR", 100), ("SSIM", 1), ("MS-SSIM", 1), ("FSIM", 1), ("FMI", 1), ("FMI-pixel", 1), ("EN", 0), ("MI", 0),
-        ("SD", 0), ("SF", 0), ("AG", 0), ("SCD", 0), ("VIF", np.nan), ("NABF", 0),
+        ("SD", 0), ("SF", 0), ("AG", 0), ("SCD", 0), ("SHARE", np.nan), ("VIF", np.nan), ("NABF", 0),
     ],
 )  # fmt: skip
 def test_constant_images(name, expected):
@@ -322,7 +322,22 @@ def test_constant_images(name, expected):
     assert METRICS[name].function(image, image, image) == pytest.approx(expected, nan_ok=True, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", METRICS)
+def test_shares_are_those_of_the_mixture():
+    _, a, b = images()
+    assert source_shares(0.7 * a + 0.2 * b + 0.1, a, b) == pytest.approx((0.7, 0.2), abs=1e-3)
+    assert METRICS["SHARE"].function(0.7 * a + 0.2 * b, a, b) == pytest.approx(0.2, abs=1e-3)
+    assert METRICS["SHARE"].function(a, a, b) == pytest.approx(0, abs=1e-9)
+    assert METRICS["SHARE"].function((a + b) / 2, a, b) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("other", [lambda a: a, lambda a: 0 * a, lambda a: a / 2], ids=["equal", "black", "a half"])
+def test_shares_of_sources_that_cannot_be_told_apart(other):
+    _, a, _ = images()
+    assert np.isnan(source_shares(a, a, other(a))).all()
+    assert np.isnan(source_shares(0 * a, 0 * a, 0 * a)).all()
+
+
+@pytest.mark.parametrize("name", [name for name in METRICS if name != "SHARE"])
 def test_one_constant_source_or_fused(name):
     _, a, b = images()
     empty = np.zeros_like(a)
@@ -400,8 +415,8 @@ def test_evaluate_all():
 
 
 def test_evaluate_all_of_a_tiny_image():
-    values = evaluate_all(*(image[:12, :12] for image in images()))
-    assert {name for name, value in values.items() if np.isnan(value)} == {"FSIM", "VIF"}
+    values = evaluate_all(*(image[:12, :12] for image in images()))  # black in both sources
+    assert {name for name, value in values.items() if np.isnan(value)} == {"FSIM", "SHARE", "VIF"}
 
 
 def test_evaluate_all_unknown_name():

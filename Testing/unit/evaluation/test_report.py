@@ -65,6 +65,13 @@ def test_findings_say_it_in_words():
     assert "EN have no better direction" in texts
 
 
+def test_a_copy_of_one_source_is_called_so():
+    for share, said in ((0.19, True), (0.3, False), (math.nan, False)):
+        table = [replace(row, values={**row.values, "SHARE": share}) for row in TABLE]
+        texts = " ".join(findings(table, summarise(table)))
+        assert ("nearly copies one source: the other one makes up 19% of" in texts) == said
+
+
 class Page(HTMLParser):
     """Tags that are left open, images, and visible text."""
 

@@ -14,7 +14,7 @@ from scipy import ndimage
 from ClinicalFMambaLib.config import ModelConfig
 from ClinicalFMambaLib.errors import OutputError, TrainingError
 from ClinicalFMambaLib.evaluation.baselines import BASELINES
-from ClinicalFMambaLib.training.callbacks import FailureSignatures, SafeCheckpoints, shares
+from ClinicalFMambaLib.training.callbacks import FailureSignatures, SafeCheckpoints
 from ClinicalFMambaLib.training.losses import LossWeights
 from ClinicalFMambaLib.training.module import FusionModule
 
@@ -148,13 +148,6 @@ def test_nan_ends_a_real_training(value, tmp_path):
     )
     with pytest.raises(TrainingError, match=r"NaN: .* at step 3 .*training.lr .*--resume"):
         trainer.fit(network, torch.utils.data.DataLoader(torch.rand(6, 2, 1, 16, 16)))
-
-
-def test_shares_are_those_of_the_mixture():
-    a, b = (torch.from_numpy(x) for x in (A, B))
-    assert [float(x) for x in shares(0.7 * a + 0.2 * b + 0.1, a, b)] == pytest.approx([0.7, 0.2], abs=1e-3)
-    assert all(torch.isnan(x) for x in shares(a, a, a))
-    assert all(torch.isnan(x) for x in shares(a, a, torch.zeros_like(a)))
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):
