@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ def choose_device(choice: str = "auto") -> tuple[torch.device, str]:
         DeviceError: the device was asked for and cannot be used.
     """
     if choice == "cpu":
-        return torch.device("cpu"), "asked for"
+        return torch.device("cpu"), "asked for" + _slower()
     if choice == "mps":
         if not torch.backends.mps.is_available():
             raise DeviceError(
@@ -39,7 +40,14 @@ def choose_device(choice: str = "auto") -> tuple[torch.device, str]:
         why = "the driver reports none"
     if choice == "cuda":
         raise DeviceError(f"device 'cuda' was asked for, but no CUDA GPU was found: {why}; use --device cpu or auto")
-    return torch.device("cpu"), f"no CUDA GPU found: {why}"
+    return torch.device("cpu"), f"no CUDA GPU found: {why}{_slower()}"
+
+
+def _slower() -> str:
+    """What a user of the CPU can change about its speed; looked for without importing it."""
+    return (
+        "" if importlib.util.find_spec("numba") else "; numba is not installed, with it fusing is 2 to 8 times faster"
+    )
 
 
 def free_memory(device: torch.device) -> float | None:

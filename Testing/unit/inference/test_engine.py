@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -408,6 +410,17 @@ def test_choice_of_the_device(monkeypatch, choice, cuda, expected, words):
         device, reason = choose_device(choice)
         assert device.type == expected
         assert words in reason
+
+
+@pytest.mark.parametrize("choice", ["cpu", "auto"])
+def test_the_cpu_without_numba_says_what_is_missing(monkeypatch, choice):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for hidden in (False, True):
+        if hidden:
+            monkeypatch.setitem(sys.modules, "numba", None)
+        elif importlib.util.find_spec("numba") is None:
+            continue
+        assert ("numba is not installed" in choose_device(choice)[1]) == hidden
 
 
 @pytest.mark.parametrize("model", ["ct", "mr"])
