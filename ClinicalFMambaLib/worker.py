@@ -214,9 +214,7 @@ class Worker:
             kind = _kind(error)
             if kind in ("OutOfMemory", "Internal"):
                 log.exception("request %s failed", identity)
-            retry = {"DeviceError": "cpu"}.get(kind, "again" if isinstance(error, OutputError) else "")
-            if kind == "OutOfMemory":
-                retry = _retry(error, self._device_of(request))
+            retry = _retry(error, kind, self._device_of(request))
             return {"event": "error", "id": identity, "kind": kind, "message": _message(error, kind), "retry": retry}
 
     def _device_of(self, request: dict) -> str:
@@ -552,8 +550,12 @@ def _message(error: Exception, kind: str) -> str:
     return _one_line(error)
 
 
-def _retry(error: Exception, device: str) -> str:
-    """What may help after memory ran out: ``"cpu"`` where it was the GPU's, else ``"less-memory"``."""
+def _retry(error: Exception, kind: str, device: str) -> str:
+    """What may help: ``"again"``, ``"cpu"`` (also where the GPU's memory ran out), ``"less-memory"``, or ``""``."""
+    if kind == "DeviceError":
+        return "cpu"
+    if kind != "OutOfMemory":
+        return "again" if isinstance(error, OutputError) else ""
     source = _memory_error(error)
     of_the_host = isinstance(source, MemoryError) or "DefaultCPUAllocator" in str(source)
     return "less-memory" if device == "cpu" or of_the_host else "cpu"

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import fft, ndimage
+from scipy.special import expit
 
 from ..errors import InputError, require
 
@@ -577,7 +578,7 @@ def _qabf(fused: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
     for source in (a, b):
         strength, angle = edges(source)
         delta = 1 - np.abs(angle - angle_f) / (np.pi / 2)
-        quality = _sigmoid(15 * (_ratio(strength, strength_f) - 0.5)) * _sigmoid(22 * (delta - 0.8))
+        quality = expit(15 * (_ratio(strength, strength_f) - 0.5)) * expit(22 * (delta - 0.8))
         preserved += np.sum(0.9994 * 0.9879 * quality * strength)
         total += np.sum(strength)
     return float(preserved / total) if total > 0 else 0.0
@@ -591,10 +592,6 @@ def _ratio(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The smaller over the larger; 0 where both are 0."""
     larger = np.maximum(x, y)
     return np.divide(np.minimum(x, y), larger, out=np.zeros_like(larger), where=larger > 0)
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
 
 
 def nabf(fused, a, b, *, data_range: float = 1.0) -> float:
@@ -627,7 +624,7 @@ def _nabf(fused: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
         strength, angle = edges(source)
         artefact &= strength_f > strength
         alike = np.abs(np.abs(angle - angle_f) - np.pi / 2) * 2 / np.pi
-        quality = 0.9999 * _sigmoid(19 * (_ratio(strength, strength_f) - 0.5)) * 0.9995 * _sigmoid(22 * (alike - 0.5))
+        quality = 0.9999 * expit(19 * (_ratio(strength, strength_f) - 0.5)) * 0.9995 * expit(22 * (alike - 0.5))
         weight = np.where(strength >= 2, strength**1.5, 0.001)
         lost = lost + (1 - np.sqrt(quality)) * weight
         total += weight.sum()

@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 STAGES = ("encoder", "mamba", "pools", "decoder")
 # Bytes of the largest map of a tile. What a tile leaves is used again by the next one as long as the C library keeps
-# it (32 MiB at most), and memory fresh from the system costs as much time as the convolution that fills it.
+# it (see :mod:`..allocator`), and memory fresh from the system costs as much time as the convolution that fills it.
 TILE_BYTES = 12 * 2**20
 # A GPU has no such memory to keep, and each of its calls costs as much as a small tile.
 GPU_TILE_BYTES = 256 * 2**20
@@ -398,12 +398,7 @@ def memory_needed(
     return 6 * 4 * voxels + max(stages) + chunk + _MAPS_OF_A_TILE * tile
 
 
-def largest_tile(
-    config: ModelConfig,
-    shape: Sequence[int],
-    budget: float,
-    usual: int,
-) -> int | None:
+def largest_tile(config: ModelConfig, shape: Sequence[int], budget: float, usual: int) -> int | None:
     """The ``tile_bytes``, from ``usual`` downwards, with which one pair fits into ``budget`` bytes, or None."""
     tile = usual
     while memory_needed(config, shape, 1, tile) > budget:

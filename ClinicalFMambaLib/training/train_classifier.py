@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from scipy.special import expit
 from sklearn.covariance import LedoitWolf
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.model_selection import GroupKFold, LeaveOneGroupOut, StratifiedKFold
-from sklearn.utils.class_weight import compute_sample_weight
 
 from ..errors import InputError
 from ..files import replacing, write_text
@@ -194,8 +194,8 @@ def fit_features(
     x = np.array([features(reading, inputs) for reading in readings])
     folds = _folds(labels, settings.folds, seed)
     outside = {penalty: _left_out_logits(x, labels, folds, penalty) for penalty in settings.penalties}
-    weights = compute_sample_weight("balanced", labels)
-    losses = {p: log_loss(labels, _sigmoid(z), sample_weight=weights) for p, z in outside.items()}
+    weights = even_weights(labels)
+    losses = {p: log_loss(labels, expit(z), sample_weight=weights) for p, z in outside.items()}
     best = min(losses, key=losses.get)
     mean, scale = _standard(x)
     samples = [np.arange(len(labels))]
@@ -206,7 +206,9 @@ def fit_features(
     model = FeatureModel(
         tuple(inputs), mean, scale, np.array([f.coef_[0] for f in fits]), np.array([f.intercept_[0] for f in fits])
     )
-    return Fitted(model, *calibrate(_left_out_logits(x, labels, _site_folds(labels, sites) or folds, best), labels))
+    by_site = _site_folds(labels, sites)
+    left_out = _left_out_logits(x, labels, by_site, best) if by_site else outside[best]
+    return Fitted(model, *calibrate(left_out, labels))
 
 
 def _left_out_logits(x, labels, folds, penalty: float) -> np.ndarray:
@@ -240,10 +242,6 @@ def calibrate(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     return (slope, float(fit.intercept_[0])) if slope > 0 else (0.0, 0.0)
 
 
-def _sigmoid(z):
-    return 1 / (1 + np.exp(-np.clip(z, -50, 50)))
-
-
 def _folds(labels: np.ndarray, count: int, seed: int):
     count = min(count, int(np.bincount(labels, minlength=2).min()))
     if count < 2:
@@ -275,7 +273,7 @@ class Judged:
     @property
     def probabilities(self) -> np.ndarray:
         """(seeds, patients) of the second label, for even odds."""
-        return _sigmoid(self.scores)
+        return expit(self.scores)
 
     def auc(self, sample=slice(None)) -> float:
         """Mean over the seeds."""
@@ -300,7 +298,7 @@ class Judged:
         errors = []
         for _ in range(draws):
             draw = rng.random(len(self.labels))
-            labels = (draw < _sigmoid(self.scores + odds)).astype(int)
+            labels = (draw < expit(self.scores + odds)).astype(int)
             errors.append(
                 np.mean([calibration_error(p, y, even_weights(y)) for p, y in zip(self.probabilities, labels)])
             )
