@@ -26,21 +26,26 @@ from .token_scan import numba_kernels, scan_tokens
 logger = logging.getLogger(__name__)
 
 # Elements of one block of states. 2**18 float32 are 1 MiB: a block of decays or of states fits the
-# L2 cache of a core; measured best of 2**17 ... 2**21 on 2 Zen 5 cores.
-_BLOCK_ELEMENTS = 2**18
+# L2 cache of a core; measured best of 2**17 ... 2**21 on 2 Zen 5 cores. Elsewhere few and large kernels count.
+_BLOCK_ELEMENTS_CPU = 2**18
+_BLOCK_ELEMENTS_GPU = 2**24
 # States of one chunk of the values-only forms: 16 MiB.
 _CHUNK_ELEMENTS = 2**22
 
 
 @functools.cache
 def _mamba_ssm_scan():
-    """mamba-ssm's ``selective_scan_fn``, or None where it cannot be imported."""
+    """mamba-ssm's ``selective_scan_fn``, or None where it cannot be imported or was installed without its kernel."""
     try:
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+        from mamba_ssm.ops import selective_scan_interface
     except Exception as error:  # a broken CUDA build raises OSError or RuntimeError as well as ImportError
         logger.debug("mamba-ssm is not usable: %s", error)
         return None
-    return selective_scan_fn
+    # mamba-ssm 2.3 builds it only with MAMBA_KEEP_CUDA_BUILD=TRUE, can be imported without and fails when it is called
+    if getattr(selective_scan_interface, "selective_scan_cuda", None) is None:
+        logger.debug("mamba-ssm is installed without selective_scan_cuda")
+        return None
+    return selective_scan_interface.selective_scan_fn
 
 
 def available_backends(device: torch.device | str = "cpu", *, gradients: bool = False) -> tuple[str, ...]:
@@ -185,8 +190,9 @@ def _time_major(u, delta, A, B, C):
     return channels(u), channels(delta), A, states(B), states(C)
 
 
-def _blocks(length: int, elements_per_token: int):
-    step = max(1, min(length, _BLOCK_ELEMENTS // elements_per_token))
+def _blocks(length: int, state: torch.Tensor):
+    elements = _BLOCK_ELEMENTS_CPU if state.device.type == "cpu" else _BLOCK_ELEMENTS_GPU
+    step = max(1, min(length, elements // state.numel()))
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
@@ -209,7 +215,7 @@ class _BlockedScan(torch.autograd.Function):
         history = u.new_empty((length, batch, groups, states, inner)) if keep else None
         y = torch.empty_like(u)
         carry = u.new_zeros((batch, groups, states, inner))
-        for block in _blocks(length, carry.numel()):
+        for block in _blocks(length, carry):
             step = delta[block]
             decay = (step.unsqueeze(3) * A).exp_()
             source = (step * u[block]).unsqueeze(3)
@@ -233,7 +239,7 @@ class _BlockedScan(torch.autograd.Function):
         grad_y = grad_y.contiguous()
         # the adjoint state g[l] = C[l] ∂y[l] + exp(Δ[l+1] A) g[l+1] runs backwards through the same recursion
         carry = torch.zeros_like(history[0])
-        for block in reversed(_blocks(length, carry.numel())):
+        for block in reversed(_blocks(length, carry)):
             start, stop = block.start, block.stop
             step, x = delta[block], u[block]
             decay = (step.unsqueeze(3) * A).exp_()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 import torch
 
+import ClinicalFMambaLib.ops.selective_scan as scans
 from ClinicalFMambaLib.errors import InputError, MissingDependencyError
 from ClinicalFMambaLib.ops.selective_scan import available_backends, selective_scan
 from ClinicalFMambaLib.ops.token_scan import causal_conv_silu, scan_tokens
@@ -123,6 +127,19 @@ def test_cuda_backends_agree_with_the_reference(backend):
     expected = selective_scan(*(x.double() for x in case), backend="reference").float()
     y = selective_scan(*(x.cuda() for x in case), backend=backend).cpu()
     torch.testing.assert_close(y, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("kernel, offered", [(None, False), (object(), True)])
+def test_mamba_ssm_without_its_kernel_is_not_offered(monkeypatch, kernel, offered):
+    """mamba-ssm 2.3 can be installed without the kernel: then it can be imported, and fails when it is called."""
+    interface = types.ModuleType("mamba_ssm.ops.selective_scan_interface")
+    interface.selective_scan_cuda, interface.selective_scan_fn = kernel, print
+    packages = {name: types.ModuleType(name) for name in ("mamba_ssm", "mamba_ssm.ops")}
+    packages["mamba_ssm.ops"].selective_scan_interface = interface
+    for name, module in {**packages, interface.__name__: interface}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(scans, "_mamba_ssm_scan", scans._mamba_ssm_scan.__wrapped__)
+    assert ("mamba-ssm" in available_backends("cuda")) == offered
 
 
 def test_bad_calls_are_refused():
