@@ -645,7 +645,7 @@ METRICS: dict[str, Metric] = {
     "AG": Metric(ag, None, "average gradient of the fused image (grey levels)", 2, True),
     "SCD": Metric(scd, True, "sum of the correlations of differences", 1, True),
     "SHARE": Metric(
-        lesser_share, True, "share of the lesser source (least squares); 0 for a copy of one source", 1, True
+        lesser_share, None, "share of the lesser source (least squares); 0 for a copy of one source", 1, True
     ),
     "VIF": Metric(vif, True, "visual information fidelity, sum over the sources", VIF_SIDE, False, True),
     "QABF": Metric(qabf, True, "edge preservation Q^AB/F", 3, False),

@@ -26,6 +26,8 @@ class LossWeights:
         vif: 1 - (VIF(A, F) + VIF(B, F)) / 2, visual information fidelity in the pixel domain, capped at one. Pulls
             toward a copy of one source; on CT-MRI pairs a weight of 2 lost the MRI's lesions.
         scd: 1 - SCD / 2, the correlations of what F adds to one source with the other source.
+        symmetry: mean |F(A, B) - F(B, A)|, for sources without an order, such as two MRI contrasts: keeps a network
+            from following the one or the other input. Doubles what a step computes.
     """
 
     pixel: float = 2.0
@@ -34,12 +36,14 @@ class LossWeights:
     edge: float = 0.0
     vif: float = 0.0
     scd: float = 0.0
+    symmetry: float = 0.0
 
 
 class FusionLoss(nn.Module):
     """Weighted sum of the terms of :class:`LossWeights`.
 
     Shape: fused, a, b all (B, 1, H, W) or (B, 1, D, H, W) in [0, 1]. Returns the loss and its unweighted terms.
+    ``swapped`` is what the network makes of the sources in the other order; only the symmetry term needs it.
     In 3D the edge, VIF and gradient terms are taken on orthogonal slices.
     """
 
@@ -48,7 +52,7 @@ class FusionLoss(nn.Module):
         self.weights = weights or LossWeights()
         self.ssim = SSIMLoss(spatial_dims=2, data_range=1.0, win_size=11) if dimension == 2 else ssim_loss_3d
 
-    def forward(self, fused, a, b) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def forward(self, fused, a, b, swapped=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         compute = {
             "pixel": lambda: (fused - torch.maximum(a, b)).abs().mean(),
             "gradient": lambda: gradient_loss(fused, a, b),
@@ -58,6 +62,7 @@ class FusionLoss(nn.Module):
                 1 - (visual_information(slices(fused), slices(a)) + visual_information(slices(fused), slices(b))) / 2
             ),
             "scd": lambda: 1 - (correlation(fused - b, a) + correlation(fused - a, b)) / 2,
+            "symmetry": lambda: (fused - swapped).abs().mean(),
         }
         weights = {field.name: getattr(self.weights, field.name) for field in fields(self.weights)}
         terms = {name: compute[name]() for name, weight in weights.items() if weight}

@@ -58,10 +58,12 @@ class FusionModule(pl.LightningModule):
 
     def _losses(self, pairs: torch.Tensor):
         a, b = pairs[:, 0], pairs[:, 1]
-        fused = self(a, b).float()
+        fused, swapped = self(a, b).float(), None
+        if self.loss.weights.symmetry:
+            swapped = self(b, a).float()
         # variances and edge ratios of the loss do not survive bfloat16
         with torch.autocast(fused.device.type, enabled=False):
-            return fused, *self.loss(fused, a, b)
+            return fused, *self.loss(fused, a, b, swapped)
 
     def training_step(self, pairs: torch.Tensor, _index: int) -> torch.Tensor:
         _, loss, terms = self._losses(pairs)

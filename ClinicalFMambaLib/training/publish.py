@@ -17,6 +17,7 @@ from .. import NOTICE
 from ..cases import find_cases, load_case
 from ..config import FusionOptions
 from ..demo import coloured
+from ..errors import InputError
 from ..evaluation.ceiling import ssim_ceiling
 from ..evaluation.evaluate import evaluate, markdown_table, summarise
 from ..files import replacing, write_text
@@ -29,7 +30,7 @@ from .train import load_preset
 
 logger = logging.getLogger(__name__)
 
-TABLE = ("SSIM", "FSIM", "FMI", "QABF", "VIF", "SCD", "NABF", "PSNR")
+TABLE = ("SSIM", "FSIM", "FMI", "QABF", "VIF", "SCD", "NABF", "SHARE", "PSNR")
 COMPARED = ("average", "maximum", "laplacian_pyramid", "wavelet", "guided_filter", "source_a", "source_b")
 # The ceiling of one pair takes ten seconds; this many tell it well enough.
 CEILING_PAIRS = 8
@@ -47,11 +48,17 @@ def publish(run: Path, data: Path, folder: Path = FOLDER) -> dict:
 
     Returns:
         The summary of :func:`..evaluation.evaluate.summarise`.
+
+    Raises:
+        InputError: a validation patient was trained on in an earlier stage.
     """
     (record_file,) = run.glob("*.json")
     record = json.loads(record_file.read_text(encoding="utf-8"))
     name, source = record["name"], run / f"{record['name']}.safetensors"
     about = load_preset(name)["card"]
+    stages, trained = _lineage(record)
+    if seen := sorted(trained & set(record["validation_patients"])):
+        raise InputError(f"{run}: an earlier stage was trained on the validation patients {', '.join(seen)}")
     cases = [case for case in find_cases(data, about["sources"]) if case.patient in record["validation_patients"]]
     (run / "pictures").mkdir(exist_ok=True)
     engine = FusionEngine()
@@ -73,7 +80,8 @@ def publish(run: Path, data: Path, folder: Path = FOLDER) -> dict:
         "file": f"{name}.safetensors",
         "sha256": sha256(folder / f"{name}.safetensors"),
         "dimension": model.config.dimension,
-        "training_patients": record["training_patients"],
+        "training_patients": sorted(trained),
+        "stages": stages,
         "modalities": about["modalities"],
         "description": about["title"],
         "card": f"{name}.md",
@@ -82,7 +90,7 @@ def publish(run: Path, data: Path, folder: Path = FOLDER) -> dict:
     _draw_curves(run / "logs", folder / f"{name}-curves.png")
     write_text(folder / f"{name}.md", _card(name, entry, record, about, summary, count_parameters(model), ceiling))
     index = folder / INDEX.name
-    known = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    known = _read_index(index)
     write_text(index, json.dumps({**known, name: entry}, indent=2, sort_keys=True) + "\n")
     return summary
 
@@ -128,21 +136,31 @@ def _ceiling(cases, sources, rows) -> str:
     )
 
 
-def _stages(record: dict) -> list[str]:
-    """Data, settings and time of a run, after those of the run whose weights it started from."""
+def _lineage(record: dict) -> tuple[list[str], set[str]]:
+    """A sentence for each stage of the training, and the patients of all of them.
+
+    The stages before the run are those of the weights that it started from: another run, or a bundled model.
+    """
     preset = record["preset"]
     init = preset["training"].get("init")
-    before = Path(init).with_suffix(".json") if init else None
-    earlier = _stages(json.loads(before.read_text(encoding="utf-8"))) if before and before.is_file() else []
+    stages, patients = [], set()
+    if init and Path(init).with_suffix(".json").is_file():
+        stages, patients = _lineage(json.loads(Path(init).with_suffix(".json").read_text(encoding="utf-8")))
+    elif init and (entry := _read_index(INDEX).get(init)):
+        stages, patients = entry["stages"], set(entry["training_patients"])
     settings = {**preset["model"], "crop": preset["data"]["crop"], "batch": preset["data"]["batch"]}
     settings.update({k: v for k, v in preset["training"].items() if v is not None and k != "init"})
-    start = f" started from {f'stage {len(earlier)}' if earlier else Path(init).stem}," if init else ""
-    return [
-        *earlier,
+    start = f" started from {f'stage {len(stages)}' if stages else Path(init).stem}," if init else ""
+    stage = (
         f"{record['data']}, {record['training_cases']} cases of {len(record['training_patients'])} patients:{start}"
         f" {_listed(settings)}; loss {_listed(preset['loss'])}."
-        f" It took {record['hours']} hours on {record['device']} with torch {record['torch']}.",
-    ]
+        f" It took {record['hours']} hours on {record['device']} with torch {record['torch']}."
+    )
+    return [*stages, stage], patients | set(record["training_patients"])
+
+
+def _read_index(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _listed(settings: dict) -> str:
@@ -150,7 +168,7 @@ def _listed(settings: dict) -> str:
 
 
 def _card(name, entry, record, about, summary, parameters, ceiling) -> str:
-    stages = "\n".join(f"{k + 1}. {stage}" for k, stage in enumerate(_stages(record)))
+    stages = "\n".join(f"{k + 1}. {stage}" for k, stage in enumerate(entry["stages"]))
     patients = next(iter(next(iter(summary.values())).values()))["patients"]
     interval = (
         "Mean over patients (95 % bootstrap interval over patients)"
@@ -174,8 +192,8 @@ def _card(name, entry, record, about, summary, parameters, ceiling) -> str:
 
 {about["data"]}
 
-Trained on {record["training_cases"]} cases of {len(record["training_patients"])} patients
-({", ".join(record["training_patients"])}). Validated on {record["validation_cases"]} cases of
+Trained on {len(entry["training_patients"])} patients, all stages together
+({", ".join(entry["training_patients"])}). Validated on {record["validation_cases"]} cases of
 {len(record["validation_patients"])} other patients ({", ".join(record["validation_patients"])}).
 
 ## Training

@@ -86,6 +86,8 @@ class TrainingOptions:
         steps_per_epoch: steps between two checkpoints.
         init: weights to start from, a bundled model or a .safetensors file; also of fewer latent Mamba layers, or 2D
             where the model is 3D (:mod:`.warm_start`).
+        keep_init: share of the weights that the run started from in the exported ones. Between two networks of one
+            descent lies what neither training reaches alone (Wortsman et al., CVPR 2022, WiSE-FT, eq. 1).
         freeze_norm: fix the statistics of the batch norms at their mean over the first crops, so that training sees
             what inference will compute: those of the last few crops differ too much from those of whole images.
         seed: of split, initialisation, crops and augmentation.
@@ -99,6 +101,7 @@ class TrainingOptions:
     precision: str = "32-true"
     steps_per_epoch: int = 125
     init: str | None = None
+    keep_init: float = 0.0
     freeze_norm: bool = False
     seed: int = 3407
 
@@ -107,6 +110,10 @@ class TrainingOptions:
             raise InputError("training.lr, steps and steps_per_epoch must be positive, warmup and seed not negative")
         if not 0 <= self.ema < 1:
             raise InputError(f"training.ema={self.ema} must be at least 0 and below 1")
+        if not 0 <= self.keep_init < 1 or (self.keep_init and not self.init):
+            raise InputError(
+                f"training.keep_init={self.keep_init} must be at least 0 and below 1, and needs training.init"
+            )
 
     @property
     def epochs(self) -> int:
@@ -270,6 +277,7 @@ def train(preset: dict, name: str, data: Path, out: Path, resume: bool = False) 
     }
     if settings.init:
         warm_start(module.model, load_model(find_weights(settings.init)[1])[0])
+    start = {name: tensor.clone() for name, tensor in module.model.state_dict().items()}
     resumed = resume and last.is_file()
     if resumed:
         _check_checkpoint(last, module)
@@ -303,6 +311,14 @@ def train(preset: dict, name: str, data: Path, out: Path, resume: bool = False) 
     if trainer.is_global_zero:
         # the averaged weights of the last step; the module's own are these only if a step was trained just now
         module.load_state_dict(_load_checkpoint(last)["state_dict"])
+        if settings.keep_init:
+            trained = module.model.state_dict()
+            module.model.load_state_dict(
+                {
+                    k: torch.lerp(v, start[k], settings.keep_init) if v.is_floating_point() else v
+                    for k, v in trained.items()
+                }
+            )
         modalities = ",".join(modality_of_name(n) for n in source.order[:2])
         save_weights(module.model, weights, {"name": name, "modalities": modalities})
         record = _record(name, preset, data, training, validation, trainer, timer)

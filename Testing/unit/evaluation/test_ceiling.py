@@ -7,8 +7,8 @@ import pytest
 from scipy import ndimage
 
 from ClinicalFMambaLib.evaluation.baselines import BASELINES
-from ClinicalFMambaLib.evaluation.ceiling import ssim_ceiling
-from ClinicalFMambaLib.evaluation.metrics import ssim
+from ClinicalFMambaLib.evaluation.ceiling import best_image, ssim_ceiling
+from ClinicalFMambaLib.evaluation.metrics import qabf, ssim
 
 
 def images():
@@ -27,3 +27,10 @@ def test_no_baseline_reaches_the_ceiling():
 def test_equal_sources_allow_everything():
     a, _ = images()
     assert ssim_ceiling(a, a, 5) == pytest.approx(1, abs=0.02)
+
+
+def test_edges_are_bought_with_ssim():
+    a, b = images()
+    plain, edged = (best_image(a, b, edge, 60) for edge in (0, 0.3))
+    assert qabf(edged, a, b) > qabf(plain, a, b) + 0.05
+    assert ssim(edged, a, b) < ssim(plain, a, b)

@@ -64,6 +64,14 @@ def test_terms_with_no_weight_are_not_computed():
     assert set(terms) == {"pixel"}
 
 
+def test_symmetry_term_compares_both_orders_of_the_sources():
+    a, b, _ = images(32, 32)
+    loss = FusionLoss(2, LossWeights(pixel=0, gradient=0, ssim=0, symmetry=2))
+    value, terms = loss(a, a, b, swapped=b)
+    assert terms["symmetry"] == pytest.approx(float((a - b).abs().mean())) and value == 2 * terms["symmetry"]
+    assert loss(a, a, b, swapped=a)[0] == 0
+
+
 def test_scd_term_is_the_metric():
     a, b, _ = images(64, 64)
     fused = 0.7 * a + 0.3 * b

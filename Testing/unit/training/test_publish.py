@@ -7,8 +7,9 @@ import json
 import pytest
 
 from ClinicalFMambaLib import NOTICE
-from ClinicalFMambaLib.pretrained import sha256
-from ClinicalFMambaLib.training.publish import publish
+from ClinicalFMambaLib.errors import InputError
+from ClinicalFMambaLib.pretrained import INDEX, sha256
+from ClinicalFMambaLib.training.publish import _lineage, publish
 from ClinicalFMambaLib.training.train import load_preset, train
 
 TINY = [
@@ -48,3 +49,35 @@ def test_card_states_what_was_measured_on_whom(published):
     assert f"{summary['maximum']['SSIM']['mean']:.3f}" in card
     assert "images optimised for it alone reach" in card
     assert list((run / "pictures").iterdir()) == [run / "pictures" / f"{held_back}001.png"]
+
+
+def test_card_and_index_tell_every_stage(published, tmp_path):
+    run, folder, _ = published
+    first = json.loads((run / "mri-ct-2d.json").read_text())
+    second = json.loads(json.dumps(first))
+    second["preset"]["training"]["init"] = str(run / "mri-ct-2d.safetensors")
+    second["training_patients"] = ["7"]
+    stages, patients = _lineage(second)
+    assert len(stages) == 2 and "started from stage 1" in stages[1]
+    assert patients == {"7", *first["training_patients"]}
+    assert json.loads((folder / "index.json").read_text())["mri-ct-2d"]["stages"] == stages[:1]
+
+
+def test_stages_of_a_bundled_model_come_from_the_index(published):
+    record = json.loads((published[0] / "mri-ct-2d.json").read_text())
+    record["preset"]["training"]["init"] = "mri-spect-2d"
+    bundled = json.loads(INDEX.read_text())["mri-spect-2d"]
+    stages, patients = _lineage(record)
+    assert stages[:-1] == bundled["stages"] and set(bundled["training_patients"]) < patients
+
+
+def test_validation_patients_of_an_earlier_stage_are_refused(published, tmp_path):
+    run, folder, _ = published
+    record = json.loads((run / "mri-ct-2d.json").read_text())
+    earlier = {**record, "training_patients": record["validation_patients"]}
+    (tmp_path / "first.json").write_text(json.dumps(earlier))
+    record["preset"]["training"]["init"] = str(tmp_path / "first.safetensors")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mri-ct-2d.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="earlier stage was trained on the validation patients"):
+        publish(tmp_path / "run", tmp_path, folder)

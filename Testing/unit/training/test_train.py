@@ -254,6 +254,31 @@ def test_the_exported_weights_are_the_averaged_ones(data, whole, tmp_path):
     assert torch.equal(*both(tmp_path))
 
 
+def test_a_share_of_the_first_weights_is_kept_in_the_exported_ones(data, whole, tmp_path):
+    start = load_model(whole)[0].state_dict()
+    ends = []
+    for keep in (0, 0.25):
+        override = (f"training.init={whole}", f"training.keep_init={keep}", "training.ema=0")
+        ends.append(load_model(run(data, tmp_path / str(keep), 3, False, *override))[0].state_dict())
+    moved = [name for name, value in start.items() if value.is_floating_point() and not value.equal(ends[0][name])]
+    assert moved
+    for name in moved:
+        expected = 0.25 * start[name] + 0.75 * ends[0][name]
+        torch.testing.assert_close(ends[1][name], expected, atol=1e-3, rtol=2e-3)  # half precision
+
+
+def test_symmetry_teaches_the_network_to_forget_the_order(data, tmp_path):
+    def asymmetry(out, *overrides):
+        override = ("training.lr=0.01", "training.ema=0", "loss.pixel=0", "loss.ssim=0", "loss.edge=0", "loss.scd=0")
+        model = load_model(run(data, out, 12, False, *override, *overrides))[0].eval()
+        a, b = torch.rand(2, 1, 1, 24, 24, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            return (model(a, b) - model(b, a)).abs().mean()
+
+    with_term = asymmetry(tmp_path / "with", "loss.symmetry=100", "loss.gradient=0")
+    assert with_term < 0.7 * asymmetry(tmp_path / "without", "loss.gradient=1")
+
+
 def test_mixed_precision(data, tmp_path):
     run(data, tmp_path, 3, False, "training.precision=bf16-mixed")
     state = checkpoint(tmp_path)
@@ -371,6 +396,7 @@ def test_every_preset_is_complete():
         ("mri-ct-2d", "training.lr=fast", "training.lr='fast' should be float"),
         ("mri-ct-2d", "training.lr=0", "must be positive"),
         ("mri-ct-2d", "training.ema=1", "below 1"),
+        ("mri-ct-2d", "training.keep_init=0.5", "needs training.init"),
         ("mri-ct-2d", "data.order=MRI", "should be list"),
         ("mri-ct-2d", "data.order=[MRI]", "two sources"),
         ("mri-ct-2d", "data.swap=1", "should be bool"),
