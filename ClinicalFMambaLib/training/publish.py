@@ -192,7 +192,7 @@ def _card(name, entry, record, about, summary, parameters, ceiling) -> str:
 
 {about["data"]}
 
-Trained on {len(entry["training_patients"])} patients, all stages together
+Trained on {len(entry["training_patients"])} patients
 ({", ".join(entry["training_patients"])}). Validated on {record["validation_cases"]} cases of
 {len(record["validation_patients"])} other patients ({", ".join(record["validation_patients"])}).
 
