@@ -13,6 +13,7 @@ def ssim_ceiling(a: np.ndarray, b: np.ndarray, steps: int = 200) -> float:
 
     Args:
         a, b: sources (H, W) in [0, 1].
+        steps: as for :func:`best_image`.
 
     Raises:
         MissingDependencyError: torch or MONAI is missing.

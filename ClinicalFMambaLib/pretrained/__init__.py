@@ -15,7 +15,7 @@ INDEX = FOLDER / "index.json"
 
 
 def read_index() -> dict[str, dict]:
-    """Bundled models by name: file, sha256, dimension, modalities and one line of description each."""
+    """Bundled models by name: file, sha256, dimension, modalities, description, card, training patients and stages."""
     return json.loads(INDEX.read_text(encoding="utf-8"))
 
 

@@ -24,7 +24,7 @@ from ..files import replacing, write_text
 from ..inference.engine import FusionEngine
 from ..models.clinicalfmamba import count_parameters
 from ..phantom import make_phantom
-from ..pretrained import FOLDER, INDEX, load_model, sha256
+from ..pretrained import FOLDER, INDEX, load_model, read_index, sha256
 from ..preview import save_fusion
 from .train import load_preset
 
@@ -90,7 +90,7 @@ def publish(run: Path, data: Path, folder: Path = FOLDER) -> dict:
     _draw_curves(run / "logs", folder / f"{name}-curves.png")
     write_text(folder / f"{name}.md", _card(name, entry, record, about, summary, count_parameters(model), ceiling))
     index = folder / INDEX.name
-    known = _read_index(index)
+    known = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
     write_text(index, json.dumps({**known, name: entry}, indent=2, sort_keys=True) + "\n")
     return summary
 
@@ -146,7 +146,7 @@ def _lineage(record: dict) -> tuple[list[str], set[str]]:
     stages, patients = [], set()
     if init and Path(init).with_suffix(".json").is_file():
         stages, patients = _lineage(json.loads(Path(init).with_suffix(".json").read_text(encoding="utf-8")))
-    elif init and (entry := _read_index(INDEX).get(init)):
+    elif init and (entry := read_index().get(init)):
         stages, patients = entry["stages"], set(entry["training_patients"])
     settings = {**preset["model"], "crop": preset["data"]["crop"], "batch": preset["data"]["batch"]}
     settings.update({k: v for k, v in preset["training"].items() if v is not None and k != "init"})
@@ -157,10 +157,6 @@ def _lineage(record: dict) -> tuple[list[str], set[str]]:
         f" It took {record['hours']} hours on {record['device']} with torch {record['torch']}."
     )
     return [*stages, stage], patients | set(record["training_patients"])
-
-
-def _read_index(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _listed(settings: dict) -> str:
