@@ -36,19 +36,17 @@ def best_image(a: np.ndarray, b: np.ndarray, edge: float = 0.0, steps: int = 200
         MissingDependencyError: torch or MONAI is missing.
     """
     torch = require("torch", "the ceiling", "torch>=2.4")
-    loss = require("monai.losses", "the ceiling", "monai").SSIMLoss(spatial_dims=2, data_range=1.0)
-    from ..training.losses import edge_preservation
+    require("monai.losses", "the ceiling", "monai")
+    from ..training.losses import FusionLoss, LossWeights
 
+    loss = FusionLoss(2, LossWeights(pixel=0, gradient=0, ssim=1, edge=edge))
     a, b = (torch.as_tensor(np.asarray(x, np.float32))[None, None] for x in (a, b))
     fused = torch.maximum(a, b).requires_grad_()
     optimiser = torch.optim.Adam([fused], 0.02)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for _ in range(steps):
         optimiser.zero_grad()
-        lost = (loss(fused, a) + loss(fused, b)) / 2
-        if edge:
-            lost = lost - edge * edge_preservation(fused, a, b)
-        lost.backward()
+        loss(fused, a, b)[0].backward()
         optimiser.step()
         schedule.step()
         with torch.no_grad():

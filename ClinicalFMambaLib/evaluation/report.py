@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ import numpy as np
 from .. import NOTICE, __version__
 from ..cases import Case
 from ..files import write_text
-from ..pretrained import find_weights, read_index, sha256
+from ..pretrained import find_weights, read_record, sha256
 from ..volumes import write_volume
 from .baselines import BASELINES
 from .evaluate import (
@@ -70,7 +69,7 @@ def evaluate_data(
     if model != "auto":
         name, weights = find_weights(model)
         report.facts["model"] = f"{name}, SHA-256 {sha256(weights)}"
-        if seen := sorted({case.patient for case in cases} & _training_patients(name, weights)):
+        if seen := sorted({case.patient for case in cases} & _training_patients(model)):
             listed = ", ".join(seen[:12]) + (" …" if len(seen) > 12 else "")
             report.warnings.append(
                 f"The model was trained on {len(seen)} of these patients, or on others of that name ({listed}): only"
@@ -96,12 +95,10 @@ def evaluate_data(
     return rows
 
 
-def _training_patients(name: str, weights: Path) -> set[str]:
-    """From the index of bundled models, or the record that :func:`.training.train.train` writes beside its weights."""
-    if name in (index := read_index()):
-        return set(index[name].get("training_patients", ()))
+def _training_patients(model: str) -> set[str]:
+    """Those that the model's record names; none where there is no record, or one that cannot be read."""
     try:
-        return set(json.loads(weights.with_suffix(".json").read_text(encoding="utf-8"))["training_patients"])
+        return set(read_record(model)["training_patients"])
     except (OSError, ValueError, KeyError, TypeError):
         return set()
 

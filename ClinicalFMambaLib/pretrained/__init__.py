@@ -19,6 +19,17 @@ def read_index() -> dict[str, dict]:
     return json.loads(INDEX.read_text(encoding="utf-8"))
 
 
+def read_record(model: str) -> dict:
+    """What is known of the training of a bundled model or a .safetensors file, ``training_patients`` for one.
+
+    The index's entry, or the record that :func:`..training.train.train` writes beside its weights; {} without one.
+    """
+    if entry := read_index().get(model):
+        return entry
+    path = Path(model).with_suffix(".json")
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with open(path, "rb") as file:

@@ -58,9 +58,8 @@ class FusionModule(pl.LightningModule):
 
     def _losses(self, pairs: torch.Tensor):
         a, b = pairs[:, 0], pairs[:, 1]
-        fused, swapped = self(a, b).float(), None
-        if self.loss.weights.symmetry:
-            swapped = self(b, a).float()
+        fused = self(a, b).float()
+        swapped = self(b, a).float() if self.loss.weights.symmetry else None
         # variances and edge ratios of the loss do not survive bfloat16
         with torch.autocast(fused.device.type, enabled=False):
             return fused, *self.loss(fused, a, b, swapped)

@@ -24,7 +24,7 @@ from ..files import replacing, write_text
 from ..inference.engine import FusionEngine
 from ..models.clinicalfmamba import count_parameters
 from ..phantom import make_phantom
-from ..pretrained import FOLDER, INDEX, load_model, read_index, sha256
+from ..pretrained import FOLDER, INDEX, load_model, read_record, sha256
 from ..preview import save_fusion
 from .train import load_preset
 
@@ -144,10 +144,11 @@ def _lineage(record: dict) -> tuple[list[str], set[str]]:
     preset = record["preset"]
     init = preset["training"].get("init")
     stages, patients = [], set()
-    if init and Path(init).with_suffix(".json").is_file():
-        stages, patients = _lineage(json.loads(Path(init).with_suffix(".json").read_text(encoding="utf-8")))
-    elif init and (entry := read_index().get(init)):
-        stages, patients = entry["stages"], set(entry["training_patients"])
+    earlier = read_record(init) if init else {}
+    if "stages" in earlier:  # of the index
+        stages, patients = earlier["stages"], set(earlier["training_patients"])
+    elif earlier:
+        stages, patients = _lineage(earlier)
     settings = {**preset["model"], "crop": preset["data"]["crop"], "batch": preset["data"]["batch"]}
     settings.update({k: v for k, v in preset["training"].items() if v is not None and k != "init"})
     start = f" started from {f'stage {len(stages)}' if stages else Path(init).stem}," if init else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import errno
 import json
@@ -277,7 +278,7 @@ def train(preset: dict, name: str, data: Path, out: Path, resume: bool = False) 
     }
     if settings.init:
         warm_start(module.model, load_model(find_weights(settings.init)[1])[0])
-    start = {name: tensor.clone() for name, tensor in module.model.state_dict().items()}
+    start = copy.deepcopy(module.model.state_dict()) if settings.keep_init else {}
     resumed = resume and last.is_file()
     if resumed:
         _check_checkpoint(last, module)
@@ -312,13 +313,9 @@ def train(preset: dict, name: str, data: Path, out: Path, resume: bool = False) 
         # the averaged weights of the last step; the module's own are these only if a step was trained just now
         module.load_state_dict(_load_checkpoint(last)["state_dict"])
         if settings.keep_init:
-            trained = module.model.state_dict()
-            module.model.load_state_dict(
-                {
-                    k: torch.lerp(v, start[k], settings.keep_init) if v.is_floating_point() else v
-                    for k, v in trained.items()
-                }
-            )
+            for key, tensor in module.model.state_dict().items():
+                if tensor.is_floating_point():
+                    tensor.lerp_(start[key], settings.keep_init)
         modalities = ",".join(modality_of_name(n) for n in source.order[:2])
         save_weights(module.model, weights, {"name": name, "modalities": modalities})
         record = _record(name, preset, data, training, validation, trainer, timer)

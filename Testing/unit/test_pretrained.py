@@ -152,3 +152,16 @@ def test_index_of_the_package_agrees_with_its_files():
         assert entry["sha256"] in card and info.evidence in card
     listed = [entry["file"] for entry in (*pretrained.read_index().values(), *classifiers.values())]
     assert {p.name for p in pretrained.FOLDER.glob("*.safetensors")} == set(listed)
+
+
+def test_record_of_a_bundled_model_is_its_entry_whatever_lies_in_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mri-ct-2d.json").write_text("{}")
+    assert pretrained.read_record("mri-ct-2d") == pretrained.read_index()["mri-ct-2d"]
+
+
+def test_record_of_a_file_lies_beside_it_even_if_it_is_called_like_a_bundled_model(tmp_path):
+    weights = tmp_path / "mri-ct-2d.safetensors"
+    assert pretrained.read_record(str(weights)) == {}
+    weights.with_suffix(".json").write_text('{"training_patients": ["7"]}')
+    assert pretrained.read_record(str(weights)) == {"training_patients": ["7"]}

@@ -51,7 +51,7 @@ def test_card_states_what_was_measured_on_whom(published):
     assert list((run / "pictures").iterdir()) == [run / "pictures" / f"{held_back}001.png"]
 
 
-def test_card_and_index_tell_every_stage(published, tmp_path):
+def test_card_and_index_tell_every_stage(published):
     run, folder, _ = published
     first = json.loads((run / "mri-ct-2d.json").read_text())
     second = json.loads(json.dumps(first))
